@@ -1,0 +1,1 @@
+"""The one sparse-gating core: G(x) = P(N(XW))."""

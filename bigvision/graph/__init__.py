@@ -1,0 +1,1 @@
+"""A network traced at its true size: shapes, FLOPs, bytes, receptive field, total stride."""

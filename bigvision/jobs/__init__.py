@@ -1,0 +1,1 @@
+"""One file a job: everything the command line can start."""

@@ -1,0 +1,1 @@
+"""Network factories and the ways to name and load one."""

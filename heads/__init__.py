@@ -1,0 +1,1 @@
+"""Class-sharded margin heads: the gate applied to classes."""
