@@ -1,0 +1,14 @@
+"""What every room's tests share."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real rasters and faces that stand beside the project, or a skip that says so."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("real data not at hand: ../shared/data is absent")
+    return folder
