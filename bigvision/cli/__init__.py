@@ -1,10 +1,26 @@
-"""Command line: parse, call one job, print."""
+"""The `bigvision` command: one file a command, each importing its job when called: `--help` is quick."""
+
+import sys
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+from bigvision.cli import export, ingest, process
+
+app = typer.Typer(
+    name="bigvision",
+    help="CNNs that outgrow a device: huge rasters, and classification layers of millions of classes.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("process")(process.process)
+app.command("ingest")(ingest.ingest)
+app.command("export")(export.export)
 
 
 def main() -> None:
-    """Run the `bigvision` command."""
-    app()
+    """Run the command line; an error of the input or of the machine is one sentence and exit status 1."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        sys.exit(f"bigvision: {error}")
