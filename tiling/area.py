@@ -1,0 +1,144 @@
+"""An area of interest: the window around it, and which pixels of a window lie inside."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from affine import Affine
+from numpy.typing import NDArray
+from rasterio.crs import CRS
+from rasterio.windows import Window
+
+from tiling.errors import RasterError
+from tiling.source import Profile
+
+Geometry = dict[str, Any]
+_WGS84 = CRS.from_epsg(4326)
+
+
+@dataclass(frozen=True)
+class Area:
+    """A window of a source and, in the source's CRS, the polygons that count within it (None: all of it)."""
+
+    window: Window
+    geometry: tuple[Geometry, ...] | None = None
+
+    def inside(self, window: Window, transform: Affine) -> NDArray[np.bool_]:
+        """True [H, W] where the centre of a pixel of `window` lies inside the polygons."""
+        if self.geometry is None or not window.height or not window.width:
+            return np.ones((window.height, window.width), bool)
+        from rasterio.features import geometry_mask
+
+        shifted = transform * Affine.translation(window.col_off, window.row_off)
+        inside: NDArray[np.bool_] = geometry_mask(
+            self.geometry, (window.height, window.width), shifted, invert=True
+        )
+        return inside
+
+
+def find_area(aoi: Geometry | str | Path, profile: Profile, name: str) -> Area:
+    """The part of a raster that an area of interest covers.
+
+    aoi: GeoJSON (a geometry, feature or collection; a dict, text or a file's path) in EPSG:4326 as its
+    standard says, or in the CRS that an old `crs` member names. Raises RasterError where it can't be read or
+    placed, or where it doesn't meet the raster.
+    """
+    document, origin = _load(aoi)
+    geometries = tuple(_geometries(document, origin))
+    if not geometries:
+        raise RasterError(f"{origin}: no polygon in this area of interest")
+    if profile.crs is None:
+        raise RasterError(f"{name}: has no CRS, so the area of interest {origin} can't be placed on it")
+    crs = _crs_of(document, origin)
+    if crs != profile.crs:
+        geometries = tuple(_reproject(geometry, crs, profile.crs) for geometry in geometries)
+    window = _window_around(geometries, profile)
+    if window is None:
+        raise RasterError(f"{name}: the area of interest {origin} doesn't meet the raster")
+    return Area(window, geometries)
+
+
+def _load(aoi: Geometry | str | Path) -> tuple[Geometry, str]:
+    if isinstance(aoi, dict):
+        return aoi, "given as a dict"
+    text, origin = str(aoi), str(aoi)
+    if text.lstrip().startswith("{"):
+        origin = "given as text"
+    else:
+        try:
+            text = Path(aoi).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RasterError(f"{origin}: can't read this area of interest: {error}") from error
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RasterError(f"{origin}: not GeoJSON: {error}") from error
+    if not isinstance(document, dict):
+        raise RasterError(f"{origin}: not GeoJSON: {type(document).__name__} at the top")
+    return document, origin
+
+
+def _geometries(document: Geometry, origin: str) -> Iterator[Geometry]:
+    kind = document.get("type")
+    if kind == "FeatureCollection":
+        for feature in document.get("features") or []:
+            yield from _geometries(feature, origin)
+    elif kind == "Feature":
+        yield from _geometries(document.get("geometry") or {"type": "GeometryCollection"}, origin)
+    elif kind == "GeometryCollection":
+        for geometry in document.get("geometries") or []:
+            yield from _geometries(geometry, origin)
+    elif kind in ("Polygon", "MultiPolygon"):
+        yield {"type": kind, "coordinates": document.get("coordinates")}
+    else:
+        raise RasterError(f"{origin}: an area of interest is made of polygons, not of {kind!r}")
+
+
+def _crs_of(document: Geometry, origin: str) -> CRS:
+    named = document.get("crs")
+    if not named:
+        return _WGS84
+    text = named.get("properties", {}).get("name", "") if isinstance(named, dict) else str(named)
+    # OGC:CRS84 is EPSG:4326 with longitude first, which is what GeoJSON always has.
+    if "CRS84" in text:
+        return _WGS84
+    try:
+        return CRS.from_user_input(text)
+    except ValueError as error:
+        raise RasterError(f"{origin}: unknown CRS {text!r}") from error
+
+
+def _reproject(geometry: Geometry, source: CRS, destination: CRS) -> Geometry:
+    from rasterio.warp import transform_geom
+
+    polygons = geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
+    dense = [[_densify(ring) for ring in polygon] for polygon in polygons]
+    moved: Geometry = transform_geom(source, destination, {"type": "MultiPolygon", "coordinates": dense})
+    return moved
+
+
+def _densify(ring: list[list[float]], pieces: int = 16) -> list[list[float]]:
+    """Points along each edge, because a straight edge bends under reprojection."""
+    points = np.asarray([point[:2] for point in ring], float)
+    steps = np.arange(pieces)[None, :, None] / pieces
+    dense = points[:-1, None] + steps * (points[1:] - points[:-1])[:, None]
+    result: list[list[float]] = np.concatenate([dense.reshape(-1, 2), points[-1:]]).tolist()
+    return result
+
+
+def _window_around(geometries: tuple[Geometry, ...], profile: Profile) -> Window | None:
+    corners = []
+    for geometry in geometries:
+        multi = geometry["type"] == "MultiPolygon"
+        for polygon in geometry["coordinates"] if multi else [geometry["coordinates"]]:
+            corners += [(~profile.transform) * (point[0], point[1]) for point in polygon[0]]
+    # 1e-6 of a pixel: edges that lie on pixel edges stay there in spite of rounding.
+    columns, rows = np.asarray(corners).T
+    left, right = max(0, np.floor(columns.min() + 1e-6)), min(profile.shape[2], np.ceil(columns.max() - 1e-6))
+    top, bottom = max(0, np.floor(rows.min() + 1e-6)), min(profile.shape[1], np.ceil(rows.max() - 1e-6))
+    if left >= right or top >= bottom:
+        return None
+    return Window(int(left), int(top), int(right - left), int(bottom - top))

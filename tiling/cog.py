@@ -1,0 +1,250 @@
+"""Cloud-optimised GeoTIFFs of rasters larger than memory.
+
+GDAL's COG driver copies from a dataset it can read in any order, so the pixels first go, row of blocks by row
+of blocks, into a compressed tiled TIFF beside the destination.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+import rasterio.shutil
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.windows import Window
+
+from tiling.errors import RasterError
+from tiling.grid import TileGrid
+from tiling.memory import CACHE_BYTES, gdal_cache
+from tiling.opening import open_raster
+from tiling.publish import check_free, discard, publish, staging_name
+from tiling.raster import Raster
+from tiling.source import Array, Colormap, holds
+
+_DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64")
+_PREDICTED = ("deflate", "lzw", "zstd")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a raster becomes a COG: what differs from the source, settled before any work."""
+
+    dtype: np.dtype[Any]
+    nodata: float | None
+    band_names: tuple[str, ...]
+    colormap: Colormap | None
+    tags: dict[str, str]
+    compress: str
+    level: int | None
+    predictor: bool
+    blocksize: int
+    resampling: str
+    threads: int
+    masked: bool
+
+
+def to_cog(
+    raster: Raster,
+    path: str | PathLike[str],
+    *,
+    compress: str = "deflate",
+    level: int | None = None,
+    blocksize: int = 512,
+    overviews: str = "auto",
+    dtype: str | None = None,
+    nodata: float | None = None,
+    band_names: tuple[str, ...] | None = None,
+    colormap: Colormap | None = None,
+    tags: dict[str, str] | None = None,
+    cache: int = CACHE_BYTES,
+    threads: int = 1,
+    overwrite: bool = False,
+    progress: Callable[[float], object] | None = None,
+) -> Raster:
+    """Write a raster of any size as a COG with overviews; returns it opened.
+
+    compress: "deflate", "zstd", "lzw", "lerc", "none", ... (a predictor is added where it helps).
+    overviews: how they are resampled, "average", "nearest", "mode", ...; "auto" takes "mode" where there is a
+        colour table, else "average".
+    dtype: convert, with values rounded and clipped to its limits; by default the raster's.
+    nodata, band_names, colormap, tags: instead of (tags: in addition to) the raster's own.
+    cache: bytes that GDAL may keep of the pixels in memory. progress: called with the fraction done, 0 to 1.
+    BIGTIFF is used where the size asks for it. Needs room beside `path` for a second, compressed copy.
+    The file appears under its name when it is complete. Raises RasterError for what a COG can't hold.
+    """
+    target = Path(path)
+    check_free(target, overwrite)
+    plan = _plan(
+        raster,
+        target,
+        compress,
+        level,
+        blocksize,
+        overviews,
+        dtype,
+        nodata,
+        band_names,
+        colormap,
+        tags,
+        threads,
+    )
+    draft, final = staging_name(target), staging_name(target)
+    try:
+        with gdal_cache(cache), warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            _write_draft(raster, draft, plan, progress or _silent)
+            _copy(draft, final, plan)
+        publish(final, target)
+    except (RasterioError, OSError) as error:
+        raise RasterError(f"{target}: can't be written: {' '.join(str(error).split())}") from error
+    finally:
+        discard(draft)
+        discard(final)
+    if progress is not None:
+        progress(1.0)
+    return open_raster(target)
+
+
+def _plan(
+    raster: Raster,
+    target: Path,
+    compress: str,
+    level: int | None,
+    blocksize: int,
+    overviews: str,
+    dtype: str | None,
+    nodata: float | None,
+    band_names: tuple[str, ...] | None,
+    colormap: Colormap | None,
+    tags: dict[str, str] | None,
+    threads: int,
+) -> _Plan:
+    kind = np.dtype("uint8" if raster.dtype == bool and dtype is None else dtype or raster.dtype)
+    missing = raster.nodata if nodata is None else nodata
+    names, colors = band_names or raster.band_names, colormap or raster.colormap
+    if kind.name not in _DTYPES:
+        raise RasterError(f"{target}: a COG can't hold {kind} pixels; convert to one of {', '.join(_DTYPES)}")
+    if missing is not None and not holds(kind, missing):
+        raise RasterError(f"{target}: nodata {missing} is no {kind} value")
+    if len(names) != raster.shape[0]:
+        raise RasterError(f"{target}: {len(names)} band names for {raster.shape[0]} bands")
+    if colors and (raster.shape[0] != 1 or kind.name not in ("uint8", "uint16")):
+        raise RasterError(
+            f"{target}: a colour table goes with one uint8 or uint16 band, not {raster.shape[0]} {kind}"
+        )
+    if blocksize < 16 or blocksize % 16:
+        raise RasterError(f"{target}: TIFF blocks are multiples of 16 pixels, got {blocksize}")
+    return _Plan(
+        dtype=kind,
+        nodata=missing,
+        band_names=names,
+        colormap=colors,
+        tags={**raster.tags, **(tags or {})},
+        compress=compress,
+        level=level,
+        predictor=compress in _PREDICTED and not colors,
+        blocksize=blocksize,
+        resampling=("mode" if colors else "average") if overviews == "auto" else overviews,
+        threads=threads,
+        masked=raster.has_mask and missing is None,
+    )
+
+
+def _write_draft(raster: Raster, draft: Path, plan: _Plan, progress: Callable[[float], object]) -> None:
+    """Every pixel and all metadata into a tiled TIFF, one window of whole blocks after the other."""
+    bands, height, width = raster.shape
+    options: dict[str, Any] = {"compress": "deflate", "zlevel": 1, "num_threads": plan.threads}
+    options |= {"bigtiff": "IF_SAFER", "sparse_ok": True, "interleave": "band" if bands > 4 else "pixel"}
+    # Four uint8 bands would pass for colours with alpha, and near infrared for transparency.
+    options |= {"photometric": "RGB" if bands == 3 and plan.dtype == "uint8" else "MINISBLACK", "alpha": "NO"}
+    with (
+        rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
+        rasterio.open(
+            draft,
+            "w",
+            driver="GTiff",
+            count=bands,
+            height=height,
+            width=width,
+            dtype=plan.dtype.name,
+            crs=raster.crs,
+            transform=raster.transform,
+            nodata=plan.nodata,
+            tiled=True,
+            blockxsize=plan.blocksize,
+            blockysize=plan.blocksize,
+            **options,
+        ) as file,
+    ):
+        file.update_tags(**plan.tags)
+        for number, name in enumerate(plan.band_names, 1):
+            file.set_band_description(number, name)
+        if plan.colormap:
+            file.write_colormap(1, plan.colormap)
+        windows = TileGrid(height, width, _window_size(raster, plan))
+        for done, tile in enumerate(windows, 1):
+            _write_window(raster, file, tile.core, plan)
+            # The copy that follows takes about as long as the draft.
+            progress(0.5 * done / len(windows))
+
+
+def _write_window(raster: Raster, file: Any, window: Window, plan: _Plan) -> None:
+    data = raster.read(window)
+    shown = None
+    if raster.has_mask or plan.nodata != raster.nodata:
+        shown = raster.mask(window, data=data)
+    data = convert(data, plan.dtype)
+    if shown is not None and plan.nodata is not None:
+        data = np.where(shown, data, plan.dtype.type(plan.nodata))
+    file.write(data, window=window)
+    if plan.masked:
+        file.write_mask(shown, window=window)
+
+
+def convert(data: Array, dtype: np.dtype[Any]) -> Array:
+    """`data` as `dtype`: rounded and clipped to the limits of whole numbers, where NaN becomes 0."""
+    if data.dtype == dtype or np.can_cast(data.dtype, dtype, "safe"):
+        return data.astype(dtype, copy=False)
+    if np.issubdtype(dtype, np.floating):
+        return data.astype(dtype)
+    info = np.iinfo(dtype)
+    if np.issubdtype(data.dtype, np.floating):
+        data = np.rint(np.nan_to_num(data, nan=0.0, posinf=info.max, neginf=info.min))
+    clipped: Array = np.clip(data, info.min, info.max).astype(dtype)
+    return clipped
+
+
+def _window_size(raster: Raster, plan: _Plan) -> tuple[int, int]:
+    """Whole blocks, as wide as possible within 32 MiB, because sources and TIFFs store rows together."""
+    budget = 32 * 2**20 // (raster.shape[0] * max(raster.dtype.itemsize, plan.dtype.itemsize))
+    block = plan.blocksize
+    columns = min(-(-raster.width // block), max(1, budget // block**2))
+    rows = max(1, budget // (block**2 * columns))
+    return rows * block, columns * block
+
+
+def _copy(draft: Path, final: Path, plan: _Plan) -> None:
+    options: dict[str, Any] = {
+        "compress": plan.compress.upper(),
+        "blocksize": plan.blocksize,
+        "bigtiff": "IF_SAFER",
+        "overview_resampling": plan.resampling.upper(),
+        "overview_compress": plan.compress.upper(),
+        "num_threads": plan.threads,
+    }
+    if plan.level is not None:
+        options["level"] = plan.level
+    if plan.predictor:
+        options["predictor"] = "YES"
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True, CPL_TMPDIR=str(final.parent)):
+        rasterio.shutil.copy(draft, final, driver="COG", **options)
+
+
+def _silent(fraction: float) -> None:
+    """Progress that nobody asked for."""

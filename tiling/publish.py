@@ -1,0 +1,55 @@
+"""Files and folders that appear under their final name only when they are complete."""
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from tiling.errors import RasterError
+
+
+def staging_name(path: Path) -> Path:
+    """A hidden sibling of `path`, unlike any other, to write to until the work is complete."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """RasterError unless `path` may be written: its folder is there and nothing stands in the way."""
+    if not path.parent.is_dir():
+        raise RasterError(f"{path}: the folder {path.parent} doesn't exist")
+    if not os.access(path.parent, os.W_OK):
+        raise RasterError(f"{path}: the folder {path.parent} can't be written to")
+    if path.exists() and not overwrite:
+        raise RasterError(f"{path}: exists already; give overwrite=True to replace it")
+
+
+def publish(staging: Path, path: Path) -> None:
+    """Flush `staging` to the disk and move it to `path`, replacing what is there."""
+    files = [staging] if staging.is_file() else [file for file in staging.rglob("*") if file.is_file()]
+    for file in files:
+        _flush(file)
+    old = None
+    if path.is_dir() and not path.is_symlink():
+        # A folder can't replace a full folder in one step: the old one makes room first.
+        old = staging_name(path)
+        path.replace(old)
+    staging.replace(path)
+    _flush(path.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def discard(staging: Path) -> None:
+    """Remove what was begun."""
+    if staging.is_dir():
+        shutil.rmtree(staging, ignore_errors=True)
+    else:
+        staging.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,116 @@
+"""Where pixels come from: a `Source` says what to open, its `Handle` is open in one thread.
+
+Shapes: B bands, H and W rows and columns of the window asked for.
+"""
+
+import os
+import threading
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from affine import Affine
+from numpy.typing import NDArray
+from rasterio.crs import CRS
+from rasterio.windows import Window
+
+Array = NDArray[Any]
+Colormap = dict[int, tuple[int, int, int, int]]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a raster is, apart from its pixels.
+
+    shape: (bands, height, width). nodata: the value of missing pixels, in any band. block_shape: rows and
+    columns that are stored together. colormap: class value -> (red, green, blue, alpha). tags: provenance.
+    """
+
+    shape: tuple[int, int, int]
+    dtype: np.dtype[Any]
+    crs: CRS | None
+    transform: Affine
+    nodata: float | None
+    band_names: tuple[str, ...]
+    block_shape: tuple[int, int]
+    colormap: Colormap | None = None
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+class Handle(Protocol):
+    """Open files of one thread. Bands are positions from 0; windows lie inside the source."""
+
+    def read(self, window: Window, bands: tuple[int, ...]) -> Array:
+        """Pixels [B, H, W]."""
+
+    def valid(self, window: Window, bands: tuple[int, ...], data: Array | None) -> NDArray[np.bool_]:
+        """Which pixels have data, [B, H, W]; `data` spares a second read where the caller has it."""
+
+    def close(self) -> None:
+        """Give the files back."""
+
+
+class Source(Protocol):
+    """A picklable description of pixels."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    @property
+    def profile(self) -> Profile:
+        """Of all its bands and its whole extent."""
+
+    @property
+    def masked(self) -> bool:
+        """Whether a mask or alpha band, not only a value, can say that pixels are missing."""
+
+    def open(self) -> Handle:
+        """Open it here and now."""
+
+
+class Handles(threading.local):
+    """One open handle a thread, opened on first use; never shared with a forked child."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.pid = os.getpid()
+        self.handle: Handle | None = None
+        self.inherited: Handle | None = None
+
+    def get(self) -> Handle:
+        """This thread's handle."""
+        if self.pid != os.getpid():
+            # The parent's handle shares its file offset and perhaps a held lock: keep away from it.
+            self.pid, self.inherited, self.handle = os.getpid(), self.handle, None
+        if self.handle is None:
+            self.handle = self.source.open()
+        return self.handle
+
+    def close(self) -> None:
+        """Close this thread's handle; the next `get` opens it again."""
+        if self.handle is not None and self.pid == os.getpid():
+            self.handle.close()
+        self.handle = None
+
+
+def not_missing(data: Array, nodata: tuple[float | None, ...]) -> NDArray[np.bool_]:
+    """Where `data` [B, H, W] is neither its band's nodata value nor NaN."""
+    valid = np.ones(data.shape, bool)
+    if np.issubdtype(data.dtype, np.floating):
+        valid &= ~np.isnan(data)
+    for band, value in enumerate(nodata):
+        if value is not None and holds(data.dtype, value) and not np.isnan(value):
+            # A nodata value that float32 rounds still means those pixels.
+            valid[band] &= data[band] != np.asarray(value).astype(data.dtype)
+    return valid
+
+
+def holds(dtype: np.dtype[Any], value: float) -> bool:
+    """Whether a pixel of `dtype` can have this value (floats may round it)."""
+    if np.issubdtype(dtype, np.floating):
+        return bool(not np.isfinite(value) or abs(value) <= np.finfo(dtype).max)
+    if dtype == bool:
+        return value in (0, 1)
+    info = np.iinfo(dtype)
+    return bool(np.isfinite(value) and value == int(value) and info.min <= value <= info.max)
