@@ -1,0 +1,169 @@
+"""Tracing: a network becomes a graph of ATen operators with true shapes, without computing a pixel.
+
+`torch.export` runs the network on a fake tensor of the image's real size (`FakeTensorMode`), so a scene of
+4 x 30016 x 30016 is traced in a second and takes no memory.
+
+Legend: C channels, H rows and W columns of the image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+
+class UntraceableError(ValueError):
+    """A network's forward can't be written down as one graph: its control flow depends on data."""
+
+
+@dataclass(frozen=True)
+class TracedGraph:
+    """One network at one image size.
+
+    Attributes:
+        graph: ATen operators in execution order; `node.meta["val"]` carries each result's shape and dtype.
+        image: the placeholder of the image, [1, C, H, W].
+        outputs: the nodes that the network returns.
+        rebuild: puts as many values as there are outputs into the network's own return structure.
+        tensors: the live parameter, buffer or constant behind every other placeholder.
+        names: the same placeholders' qualified names in the network (``encoder.conv1.weight``).
+        shape: (C, H, W).
+    """
+
+    graph: fx.Graph
+    image: fx.Node
+    outputs: tuple[fx.Node, ...]
+    rebuild: Callable[[list[Any]], Any]
+    tensors: dict[fx.Node, Tensor]
+    names: dict[fx.Node, str]
+    shape: tuple[int, int, int]
+
+    def operators(self) -> Iterator[fx.Node]:
+        """The computing nodes, in execution order."""
+        return (node for node in self.graph.nodes if node.op == "call_function")
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that the graph uses, with their qualified names."""
+        for node, tensor in self.tensors.items():
+            if isinstance(tensor, nn.Parameter):
+                yield self.names[node], tensor
+
+
+def trace(model: nn.Module, shape: tuple[int, int, int]) -> TracedGraph:
+    """Trace `model` on one image of `shape` (C, H, W), in the mode (eval or train) that the model is in.
+
+    The graph's tensors are the model's own: training the one trains the other.
+
+    Raises:
+        ValueError: the shape isn't three positive numbers, or the model refuses an image of it.
+        UntraceableError: the forward branches on pixel values, or leaves torch.
+    """
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"an image's shape is (channels, rows, columns), all positive, not {tuple(shape)}")
+    program = _export(model, shape)
+    signature = program.graph_signature
+    lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    lifted |= signature.inputs_to_lifted_tensor_constants
+    live: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    live |= dict(model.named_buffers(remove_duplicate=False))
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    names = {node: lifted[node.name] for node in placeholders if node.name in lifted}
+    tensors = {node: live[name] if name in live else program.constants[name] for node, name in names.items()}
+    (image,) = (node for node in placeholders if node.name in signature.user_inputs)
+    outputs, rebuild = _outputs(program)
+    return TracedGraph(program.graph, image, outputs, rebuild, tensors, names, shape)
+
+
+def result_shape(node: fx.Node) -> tuple[int, ...]:
+    """The shape of a node's result (of its first, where the operator has several)."""
+    value = node.meta["val"]
+    return tuple((value[0] if isinstance(value, list | tuple) else value).shape)
+
+
+def module_path(node: fx.Node) -> str:
+    """Where in the network the operator stands (``encoder.layer1.0``), "" at the top."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return stack[-1][0] if stack else ""
+
+
+def describe(node: fx.Node) -> str:
+    """An operator as a person looks for it: ``conv2d at encoder.conv1``."""
+    path = module_path(node) or "the top level"
+    return f"{operator_name(node)} at {path}"
+
+
+def operator_name(node: fx.Node) -> str:
+    """``conv2d`` for `aten.conv2d.default`."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target.overloadpacket.__name__
+    return getattr(target, "__name__", str(target))
+
+
+def _export(model: nn.Module, shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        image = torch.empty(1, *shape, dtype=dtype, device=device)
+    with warnings.catch_warnings(), _quiet_export():
+        warnings.simplefilter("ignore")
+        try:
+            # An empty table of decompositions leaves composite operators (linear, group_norm) whole.
+            return torch.export.export(model, (image,), strict=False).run_decompositions({})
+        except torch._dynamo.exc.UserError as error:
+            raise UntraceableError(_first_sentence(error, model, shape)) from error
+        except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
+            if "data-dependent" in str(error) or "Could not guard" in str(error):
+                raise UntraceableError(_first_sentence(error, model, shape)) from error
+            raise ValueError(
+                f"{type(model).__name__} does not run on an image of {tuple(shape)}: {_first_line(error)}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _quiet_export() -> Iterator[None]:
+    """A failing export logs its own account of it; ours is one sentence."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _outputs(
+    program: torch.export.ExportedProgram,
+) -> tuple[tuple[fx.Node, ...], Callable[[list[Any]], Any]]:
+    """The user's outputs and how they were nested; buffer updates of a training graph are left out."""
+    named = set(program.graph_signature.user_outputs)
+    (returned,) = next(node for node in program.graph.nodes if node.op == "output").args
+    nodes = tuple(node for node in returned if isinstance(node, fx.Node) and node.name in named)
+    spec = program.call_spec.out_spec
+
+    def rebuild(values: list[Any]) -> Any:
+        return pytree.tree_unflatten(values, spec)
+
+    return nodes, rebuild
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _first_sentence(error: Exception, model: nn.Module, shape: tuple[int, int, int]) -> str:
+    return (
+        f"{type(model).__name__} can't be traced at {tuple(shape)}: {_first_line(error)} "
+        "Make the branch independent of pixel values (torch.where, or a decision outside forward)."
+    )
