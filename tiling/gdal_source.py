@@ -24,6 +24,14 @@ from tiling.source import Array, Colormap, Handle, Profile, not_missing
 
 # Warping needs some CRS on both sides; where a raster has none, any projected one stands in.
 _ANY_CRS = CRS.from_epsg(3857)
+# What the TIFF driver says of the file itself, not of what it shows.
+_FORMAT_TAGS = {
+    "AREA_OR_POINT",
+    "OVR_RESAMPLING_ALG",
+    "TIFFTAG_XRESOLUTION",
+    "TIFFTAG_YRESOLUTION",
+    "TIFFTAG_RESOLUTIONUNIT",
+}
 
 
 @dataclass(frozen=True)
@@ -155,7 +163,7 @@ class GdalHandle:
             band_names=_band_names(self.parts),
             block_shape=first.dataset.block_shapes[0],
             colormap=_colormap(first.file) if len(self.place) == 1 else None,
-            tags={k: v for k, v in first.file.tags().items() if k != "AREA_OR_POINT"},
+            tags={k: v for k, v in first.file.tags().items() if k not in _FORMAT_TAGS},
         )
 
     def read(self, window: Window, bands: tuple[int, ...]) -> Array:

@@ -52,7 +52,7 @@ class TileGrid(Sequence[Tile]):
     tile: size of a core window, an int or (height, width); (h, width) gives full-width bands of rows.
     halo: context around the core in pixels: an int, (rows, columns) or (top, bottom, left, right).
     align: padded windows start at multiples of this (a network's total stride), an int or (rows, columns);
-        their ends are rounded up to multiples as well where the raster goes on. The tile need not be a multiple.
+        their ends are rounded up to multiples as well where the raster goes on. Any tile size will do.
 
     Raises ValueError for a negative size or halo and for a tile or alignment below 1.
     """

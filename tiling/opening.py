@@ -38,8 +38,8 @@ def open_raster(
         around it, and pixels whose centre lies outside are masked.
     resampling: how pixels are resampled where grids differ: "nearest", "bilinear", "average", "mode", ...
 
-    Raises RasterError, naming file and value, for what isn't a raster, is damaged or empty, has complex pixels,
-    lacks a band, or doesn't meet the area.
+    Raises RasterError, naming file and value, for what isn't a raster, is damaged or empty, has complex
+    pixels, lacks a band, or doesn't meet the area.
     """
     method = _resampling(resampling)
     paths = [_address(p) for p in ([path] if isinstance(path, (str, PathLike)) else path)]
@@ -112,7 +112,7 @@ def _at_resolution(
 
 
 def _check_complete(path: str, dataset: DatasetReader) -> None:
-    """A TIFF whose last block lies beyond the end of the file was cut off; other formats find out on reading."""
+    """A TIFF whose last block lies beyond the end of the file was cut off; other formats tell on reading."""
     file = Path(path)
     if dataset.driver != "GTiff" or not file.is_file():
         return

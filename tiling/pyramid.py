@@ -27,8 +27,8 @@ def build_pyramid(
 ) -> int:
     """Add levels to a zarr raster until its longer side is at most 256 pixels; returns how many it has now.
 
-    method: "average" of the pixels with data, "nearest" (the upper left of four), "mode" (the most frequent of
-        four, the first of equals); "auto" takes "mode" where there is a colour table, else "average".
+    method: "average" of the pixels with data, "nearest" (the upper left of four), "mode" (the most frequent
+        of four, the first of equals); "auto" takes "mode" where there is a colour table, else "average".
     progress: called with (shards done, shards in all). Levels that are there already are made again.
     """
     import zarr
@@ -69,7 +69,7 @@ def halve(
     valid: bool [B, H, W]. Returns pixels and which of them have data: those with any under them.
     """
     four, shown = _quads(data), _quads(valid)
-    some = shown.any(axis=0)
+    some: NDArray[np.bool_] = np.asarray(shown.any(axis=0))
     if method == "nearest":
         out, some = four[0], shown[0]
     elif method == "average":
@@ -88,8 +88,8 @@ def _average(four: Array, shown: NDArray[np.bool_], dtype: np.dtype[Any]) -> Arr
     total = np.where(shown, four, 0).sum(axis=0, dtype=precise)
     mean = total / np.maximum(shown.sum(axis=0), 1)
     if np.issubdtype(dtype, np.floating):
-        return mean.astype(dtype)
-    return np.rint(mean).astype(dtype)
+        return np.asarray(mean, dtype)
+    return np.asarray(np.rint(mean), dtype)
 
 
 def _quads(data: Array) -> Array:

@@ -171,7 +171,7 @@ class Raster:
         valid = handle.valid(inner, chosen, data)
         if self._area is not None:
             valid &= self._area.inside(inner, self._source.profile.transform)
-        return np.ma.MaskedArray(data, mask=~valid, fill_value=self.nodata)  # type: ignore[no-untyped-call]
+        return np.ma.MaskedArray(data, mask=~valid, fill_value=self.nodata)
 
     def mask(self, window: Window | None = None, *, data: Array | None = None) -> NDArray[np.bool_]:
         """True [H, W] where any band has data: by nodata value, NaN, mask or alpha band, area of interest.
@@ -195,11 +195,11 @@ class Raster:
             steps.append(slice(None, None, picked.step))
         bands = tuple(self._bands[band] for band in ranges[0])
         low = [min(r[0], r[-1]) if len(r) else 0 for r in ranges[1:]]
-        size = [abs(r[-1] - r[0]) + 1 if len(r) else 0 for r in ranges[1:]]
-        if not bands or not min(size):
+        extent = [abs(r[-1] - r[0]) + 1 if len(r) else 0 for r in ranges[1:]]
+        if not bands or not min(extent):
             data = np.empty((len(bands), len(ranges[1]), len(ranges[2])), self.dtype)
         else:
-            window = self._inner(Window(low[1], low[0], size[1], size[0]))
+            window = self._inner(Window(low[1], low[0], extent[1], extent[0]))
             data = self._handles.get().read(window, bands)[:, steps[1], steps[2]]
         return data[tuple(0 if axis in drop else slice(None) for axis in range(3))]
 
@@ -215,13 +215,14 @@ class Raster:
         import dask.array as da
 
         rows, columns = chunks or _chunks(self.block_shape, (self.height, self.width))
-        return da.from_array(
+        lazy: da.Array = da.from_array(  # type: ignore[no-untyped-call]
             self,
             chunks=(self.shape[0], rows, columns),
             name=f"raster-{os.path.basename(self.name)}-{id(self)}",  # noqa: PTH119 - a name, not a path
             meta=np.empty((0, 0, 0), self.dtype),
             inline_array=False,
         )
+        return lazy
 
     def to_xarray(self, chunks: tuple[int, int] | None = None) -> xr.DataArray:
         """A lazy `xarray.DataArray` with pixel-centre coordinates and `spatial_ref` as rioxarray reads it."""
@@ -264,7 +265,7 @@ class Raster:
         inside = 0 <= left <= left + width <= self.width and 0 <= top <= top + height <= self.height
         if (left, top, width, height) != values or not inside or width < 0 or height < 0:
             raise RasterError(
-                f"{self.name}: {window} isn't made of whole pixels inside {self.height} rows x {self.width} columns"
+                f"{self.name}: {window} isn't made of whole pixels within {self.height} x {self.width}"
             )
         return Window(left + col, top + row, width, height)
 

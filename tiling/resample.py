@@ -85,9 +85,9 @@ class ResampledHandle:
         there = profile.transform * Affine.translation(around.col_off, around.row_off)
         for band in range(len(bands)):
             # Masked pixels take no part: GDAL's warper knows them by the mask's own alpha.
-            target = np.ma.MaskedArray(np.empty(shape[1:], profile.dtype), mask=False)  # type: ignore[no-untyped-call]
+            target = np.ma.MaskedArray(np.empty(shape[1:], profile.dtype), mask=False)
             reproject(
-                np.ma.MaskedArray(data[band], mask=~valid[band]),  # type: ignore[no-untyped-call]
+                np.ma.MaskedArray(data[band], mask=~valid[band]),
                 target,
                 src_transform=there,
                 src_crs=_ANY_CRS,

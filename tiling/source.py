@@ -110,7 +110,7 @@ def holds(dtype: np.dtype[Any], value: float) -> bool:
     """Whether a pixel of `dtype` can have this value (floats may round it)."""
     if np.issubdtype(dtype, np.floating):
         return bool(not np.isfinite(value) or abs(value) <= np.finfo(dtype).max)
-    if dtype == bool:
+    if dtype.kind == "b":
         return value in (0, 1)
     info = np.iinfo(dtype)
     return bool(np.isfinite(value) and value == int(value) and info.min <= value <= info.max)

@@ -99,14 +99,12 @@ def _open(path: str, level: str) -> tuple[zarr.Array[Any], dict[str, Any], zarr.
         raise RasterError(f"{path}: not a zarr store that can be read: {error}") from error
     if isinstance(node, zarr.Array):
         return node, dict(node.attrs), None
-    array = node.get(level)
+    array, arrays = node.get(level), [level]
     if not isinstance(array, zarr.Array):
         arrays = [name for name, _ in node.arrays()]
-        if len(arrays) != 1:
-            raise RasterError(
-                f"{path}: no array {level!r} in this zarr group, which holds {arrays or 'none'}"
-            )
-        array = node[arrays[0]]
+        array = node.get(arrays[0]) if len(arrays) == 1 else None
+    if not isinstance(array, zarr.Array):
+        raise RasterError(f"{path}: no array {level!r} in this zarr group, only {arrays or 'none'}")
     mask = node.get(f"mask/{level}")
     return array, {**dict(node.attrs), **dict(array.attrs)}, mask if isinstance(mask, zarr.Array) else None
 

@@ -1,7 +1,7 @@
 """Rasters as sharded zarr v3 stores that several processes may fill at once.
 
-A store is a group: array "0" is the raster [B, H, W], "1", "2", ... its pyramid, "mask/0", ... which pixels have
-data where no nodata value can say so. A shard is one file, so two writers must never touch the same one:
+A store is a group: array "0" is the raster [B, H, W], "1", "2", ... its pyramid, "mask/0", ... which pixels
+have data where no nodata value can say so. A shard is one file, so two writers must never touch the same one:
 `ZarrWriter.write` takes whole shards only, and `ZarrWriter.grid` gives tiles made of them.
 """
 
@@ -89,9 +89,7 @@ class ZarrWriter:
         self._check(data, window)
         rows, columns = window.toslices()
         if mask is not None and self._mask is None and self.profile.nodata is None:
-            raise RasterError(
-                f"{self.path}: has neither a nodata value nor a mask to store missing pixels in"
-            )
+            raise RasterError(f"{self.path}: has no nodata value and no mask to store missing pixels in")
         if mask is not None and self.profile.nodata is not None:
             data = np.where(mask, data, np.asarray(self.profile.nodata, self.dtype))
         if self._mask is not None:
@@ -115,7 +113,11 @@ class ZarrWriter:
         tags: dict[str, str] | None = None,
         progress: Progress | None = None,
     ) -> Raster:
-        """Build the pyramid ("auto", "average", "nearest", "mode" or None) and give the store its final name."""
+        """Build the pyramid and give the store its final name.
+
+        pyramid: "average", "nearest", "mode", "auto" as `build_pyramid` has them, or None.
+        tags: added to those that `create_zarr` was given.
+        """
         from tiling.pyramid import build_pyramid
 
         if tags:
@@ -143,17 +145,17 @@ class ZarrWriter:
         bands, height, width = self.shape
         if data.shape != (bands, window.height, window.width):
             raise RasterError(
-                f"{self.path}: {window} of {bands} bands takes {(bands, window.height, window.width)} pixels, "
-                f"got {data.shape}"
+                f"{self.path}: {window} takes {(bands, window.height, window.width)}, got {data.shape}"
             )
-        if not np.can_cast(data.dtype, self.dtype, "same_kind"):
+        floats = np.issubdtype(self.dtype, np.floating)
+        if not np.can_cast(data.dtype, self.dtype, "same_kind" if floats else "safe"):
             raise RasterError(f"{self.path}: {data.dtype} pixels would lose values as {self.dtype}")
         spans = ((window.row_off, window.height, height), (window.col_off, window.width, width))
         for (start, size, whole), shard in zip(spans, self.shard, strict=True):
             stop = start + size
             if start < 0 or stop > whole or start % shard or (stop % shard and stop != whole):
                 raise RasterError(
-                    f"{self.path}: {window} isn't made of whole shards of {self.shard[0]} x {self.shard[1]} pixels"
+                    f"{self.path}: {window} isn't made of whole shards of {self.shard[0]} x {self.shard[1]}"
                 )
 
 
@@ -178,11 +180,11 @@ def create_zarr(
 
     shape: (bands, height, width). nodata: also what unwritten pixels hold (0 without one).
     mask: keep a mask of pixels with data, for rasters without a nodata value.
-    chunk: rows and columns that are compressed together. shard: rows and columns of one file, rounded up to whole
-        chunks; by default 4 x 4 chunks. (512, width) gives full-width bands of rows.
-    staging: where the store grows until it is published, in the same file system; by default a hidden sibling.
-        A known name lets `resume_zarr` go on after an interruption.
-    Raises RasterError where something stands at `path` already (without `overwrite`) or the values don't fit.
+    chunk: rows and columns that are compressed together. shard: rows and columns of one file, rounded up to
+        whole chunks; by default 4 x 4 chunks. (512, width) gives full-width bands of rows.
+    staging: where the store grows until it is published, in the same file system; by default a hidden
+        sibling. A known name lets `resume_zarr` go on after an interruption.
+    Raises RasterError where something stands at `path` already (without `overwrite`) or values don't fit.
     """
     target = Path(path)
     check_free(target, overwrite)
@@ -241,8 +243,8 @@ def to_zarr(
 ) -> Raster:
     """Copy a raster of any size to a sharded, multiscale zarr v3 store, shard by shard; returns it opened.
 
-    pyramid: "average", "nearest" or "mode"; "auto" takes "mode" where there is a colour table, else "average";
-        None builds none. progress: called with (shards done, shards in all).
+    pyramid: "average", "nearest" or "mode"; "auto" takes "mode" where there is a colour table, else
+        "average"; None builds none. progress: called with (shards done, shards in all).
     """
     masked = raster.nodata is None and raster.has_mask
     about = raster.profile
