@@ -1,0 +1,64 @@
+"""Random crops of labelled scenes, drawn by counting: each depends on (seed, step, place) alone.
+
+Training that resumes at step n, or on another number of ranks, therefore sees the crops it would have seen.
+
+Shapes: N crops, C bands, s rows and columns of a crop.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from rasterio.windows import Window
+
+from datasets.pairs import IGNORE, LabelledScene
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One crop: the scene's index, the window in it, and which symmetry of the square (0..7) turns it."""
+
+    scene: int
+    window: Window
+    symmetry: int
+
+
+def draw_crop(
+    sizes: Sequence[tuple[int, int]], size: int, *, seed: int, step: int, place: int, augment: bool = True
+) -> Crop:
+    """Crop `place` of the batch at `step`: scenes by area, windows uniform within, the square's symmetries.
+
+    sizes: (height, width) of each scene; a scene smaller than `size` is taken whole along that side.
+    """
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, step], np.uint64), counter=place))
+    areas = np.array([height * width for height, width in sizes], np.float64)
+    scene = int(np.searchsorted(np.cumsum(areas), generator.random() * areas.sum(), side="right"))
+    height, width = sizes[scene]
+    rows, columns = min(size, height), min(size, width)
+    top = int(generator.integers(height - rows + 1))
+    left = int(generator.integers(width - columns + 1))
+    symmetry = int(generator.integers(8)) if augment else 0
+    return Crop(scene, Window(left, top, columns, rows), symmetry)
+
+
+def read_crops(
+    scenes: Sequence[LabelledScene], crops: Sequence[Crop], size: int
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Images [N, C, s, s] and classes [N, s, s] of crops; what a small scene lacks is 0, and IGNORE."""
+    images = np.zeros((len(crops), scenes[0].shape[0], size, size), np.float32)
+    targets = np.full((len(crops), size, size), IGNORE, np.uint8)
+    for place, crop in enumerate(crops):
+        rows, columns = crop.window.height, crop.window.width
+        images[place, :, :rows, :columns], targets[place, :rows, :columns] = scenes[crop.scene].read(
+            crop.window
+        )
+        images[place] = turn(images[place], crop.symmetry)
+        targets[place] = turn(targets[place], crop.symmetry)
+    return images, targets
+
+
+def turn(square: NDArray[np.generic], symmetry: int) -> NDArray[np.generic]:
+    """One of the eight symmetries of a square [..., s, s]: quarter turns, the last four after a flip."""
+    turned = square[..., ::-1] if symmetry >= 4 else square
+    return np.rot90(turned, symmetry % 4, axes=(-2, -1))
