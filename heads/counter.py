@@ -13,7 +13,8 @@ from torch import Tensor
 _MASK64 = (1 << 64) - 1
 _COLUMN = -1640531527  # 0x9e3779b9, the golden ratio, as a signed 32-bit number
 
-STREAM_INIT, STREAM_ROUNDING, STREAM_MOMENT, STREAM_SECOND, STREAM_CATCH_UP, STREAM_CENTROIDS = range(6)
+# What the bits are for; a moment's rounding takes the streams after STREAM_ROUNDING.
+STREAM_INIT, STREAM_CATCH_UP, STREAM_CENTROIDS, STREAM_ROUNDING = range(4)
 
 
 def _splitmix64(x: int) -> int:

@@ -1,47 +1,71 @@
 """The class-sharded margin head: softmax over millions of classes whose centres are spread over the ranks.
 
-Legend: b samples of this rank, B of all ranks, D dimension, C classes, n classes of this rank.
-    x feature, w centre, u = x/|x|, v = w/|w|, c = u.v, t = c at the label
-    loss = mean over valid samples of log(exp(s*psi(t)) + sum over other classes exp(s*c)) - s*psi(t)
+Legend: b samples of this rank, B of all ranks, D dimension, C classes, n classes of this rank, K of a tile.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from heads import kernels
-from heads.collectives import GatheredBatch, Ranks, gather_batch
+from heads.adaptive import AdaptiveMargin
+from heads.collectives import Ranks, gather_batch
 from heads.counter import STREAM_ROUNDING, normal_rows, row_keys
-from heads.margin import AdaptiveMargin, Margin, TargetLogit, target_logit
-from heads.optimizers import SGD
+from heads.gates import GateSpec
+from heads.idle import StepHistory
+from heads.kernel_choice import choose_kernels
+from heads.margin import Margin
+from heads.optimizers import FusedSteps, RowOptimizer
 from heads.partition import class_range
-from heads.shard import ActiveRows, Shard, Slopes, Workspace, denominators, own_cosines, walk_back
+from heads.passes import Pass, backward_pass, forward_pass
+from heads.shard import ActiveRows, Shard, TileGradient
 from heads.stores import DeviceRows, Rows
 
-_STORAGE = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """What forward leaves for backward: a few B-sized vectors and the gathered batch."""
-
-    batch: GatheredBatch
-    norms: Tensor
-    unit: Tensor
-    u: Tensor
-    own_rows: Tensor
-    active: ActiveRows
-    own_cosine: Tensor
-    target: TargetLogit
-    lse: Tensor
-    valid: Tensor
-    version: int
+STORAGE = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class ShardedMarginHead(nn.Module):
-    """Exact class-sharded margin softmax whose optimiser step happens inside backward."""
+    """Exact class-sharded margin softmax whose optimiser step happens inside backward.
+
+    `loss = head(features, labels)` is the mean over all ranks' valid samples, the same number on every rank.
+    `loss.backward()` gives the features their gradient (times the number of ranks, which DDP's averaging takes
+    off again, so that the backbone receives the gradient of the global mean) and moves the centres. No tensor of
+    B x C elements and no gradient of C x D ever exists: classes are walked in tiles, forward and again backward.
+
+    Rules of the fused step:
+    - it is taken with the incoming gradient of the loss (its mean over the ranks), divided by `unscale()` where
+      that is set; set it to `GradScaler.get_scale` under an fp16 scaler;
+    - it is skipped on every rank where the incoming gradient or the loss isn't finite on any: the centres and
+      their optimiser stay as they are, the features get NaN gradients (so a scaler skips its own step too), and
+      `skipped` counts it;
+    - gradient accumulation takes one step each backward, with the gradient it is given;
+    - a loss is good for one backward, before the next one moves the centres: later ones raise RuntimeError;
+    - a batch without a valid label has loss 0 and gradient 0.
+    In eval mode the softmax is over all classes and the centres don't move. Clipping by the gradient norm of the
+    whole model can't include the centres, whose gradient never exists as a whole.
+
+    Args:
+        num_classes: C, of all ranks together.
+        dim: D.
+        margin: `Margin`, or a callable from feature norms [B] to (m1, m2, m3), such as `AdaFace` and `MagFace`.
+        scale: s, the inverse temperature of the cosine logits.
+        active: None for the full softmax, or a gate: `sampled(...)`, `clustered(...)`, `hashed(...)`.
+        storage: dtype of the centres and their moments. bfloat16 is rounded stochastically.
+        optimizer: `SGD`, `RowwiseAdagrad` or `Adam`, fused into backward; or None, and `head.weight` [n, D] is an
+            ordinary parameter for any torch optimiser (its gradient is then n x D).
+        normalized: False for the plain softmax x.w*scale, which takes no margin.
+        seed: of the initial centres, the sampling and the rounding, all functions of (seed, step, class id).
+        tile: K, classes at a time.
+        init_std: standard deviation of the initial centres.
+        compiled: fuse the elementwise passes with torch.compile; eager, with a warning, where that doesn't work.
+        device: where the work is done.
+
+    Raises:
+        ValueError: more ranks than classes, settings outside their range or different between ranks.
+    """
 
     def __init__(
         self,
@@ -50,111 +74,219 @@ class ShardedMarginHead(nn.Module):
         margin: Margin | AdaptiveMargin | None = None,
         scale: float = 64.0,
         *,
+        active: GateSpec | None = None,
         storage: str = "float32",
-        optimizer: SGD,
+        place: str | Path = "device",
+        optimizer: RowOptimizer | None,
+        normalized: bool = True,
         seed: int = 0,
         tile: int = 4096,
         init_std: float = 0.01,
+        compiled: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         self.ranks = Ranks.current()
-        self.num_classes, self.dim, self.scale, self.seed = num_classes, dim, scale, seed
         self.margin = Margin() if margin is None else margin
-        self.optimizer = optimizer
-        self.lr = optimizer.lr
-        self.step = 0
+        _check_settings(self.margin, dim, scale, storage, normalized, tile, optimizer, place)
+        self.num_classes, self.dim, self.scale, self.seed = num_classes, dim, scale, seed
+        self.rule, self.active = optimizer, active
         classes = class_range(num_classes, self.ranks.rank, self.ranks.size)
-        dtype, where = _STORAGE[storage], torch.device(device)
+        self.ranks.agree("(num_classes, dim, seed)", torch.tensor([num_classes, dim, seed], device=device))
+        dtype, where = STORAGE[storage], torch.device(device)
         acc = torch.float64 if dtype == torch.float64 else torch.float32
-        store = DeviceRows(("weight", *optimizer.wide), (len(classes), dim), dtype, where)
-        inverse = torch.empty(len(classes), dtype=acc, device=where)
-        self.shard = Shard(classes, store, inverse, scale, True, tile, Workspace())
-        self._anchor = torch.zeros((), requires_grad=True, device=where)
+        wide = ("weight", *(optimizer.wide if optimizer else ()))
+        store = DeviceRows(wide, (len(classes), dim), dtype, where)
+        narrow = {
+            name: torch.zeros(len(classes), dtype=kind or acc, device=where)
+            for name, kind in (optimizer.narrow if optimizer else {}).items()
+        }
+        self.shard = Shard(
+            classes,
+            store,
+            dtype,
+            torch.ones(len(classes), dtype=acc, device=where),
+            narrow,
+            scale,
+            normalized,
+            tile,
+            choose_kernels(compiled, where),
+            seed,
+        )
+        if optimizer is not None and optimizer.dense:
+            self.shard.history = StepHistory(
+                getattr(optimizer, "momentum", 0.0), getattr(optimizer, "weight_decay", 0.0)
+            )
+            self.shard.last_step = torch.zeros(len(classes), dtype=torch.int32, device=where)
+        self.step = 0
+        self.skipped = 0
+        self.unscale: Callable[[], float] | None = None
         self._version = 0
-        self._narrow: dict[str, Tensor] = {}
-        for low in range(0, len(classes), tile):
-            rows = slice(low, min(low + tile, len(classes)))
-            ids = torch.arange(rows.start, rows.stop, device=where) + classes.start
-            values = store.load(rows, ("weight",))
-            values["weight"].copy_(normal_rows(seed, ids, dim, init_std, dtype))
-            store.store(rows, values)
-            inverse[rows] = kernels.inverse_norms(values["weight"], acc)
+        self._anchor = torch.zeros((), requires_grad=True, device=where)
+        self._initialise(init_std)
+        self.weight: nn.Parameter | None = None
+        self.optimizer: FusedSteps | None = None
+        if optimizer is None:
+            self.weight = nn.Parameter(store.whole("weight"))
+        else:
+            self.optimizer = FusedSteps(self._anchor, optimizer.lr)
+        self.gate = None if active is None else active.build(self.shard, self.ranks, seed)
+
+    def _initialise(self, std: float) -> None:
+        shard = self.shard
+        for low in range(0, len(shard.classes), shard.tile):
+            rows = slice(low, min(low + shard.tile, len(shard.classes)))
+            columns = shard.store.load(rows, ("weight",))
+            columns["weight"].copy_(normal_rows(self.seed, shard.ids(rows), self.dim, std, shard.dtype))
+            shard.store.store(rows, columns)
+            shard.inverse_norm[rows] = kernels.inverse_norms(columns["weight"], shard.acc)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next backward; schedulers set it through `head.optimizer`."""
+        if self.optimizer is None:
+            raise ValueError("the centres are an ordinary parameter: their optimiser has the learning rate")
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        if self.optimizer is None:
+            raise ValueError("the centres are an ordinary parameter: their optimiser has the learning rate")
+        self.optimizer.param_groups[0]["lr"] = value
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss over all ranks' samples. features [b, D] floating, labels int64 [b], -1 is ignored."""
-        return _ShardedSoftmax.apply(features, self._anchor, labels, self)
+        """The global mean loss, an acc scalar. Called on every rank together.
+
+        Args:
+            features: floating [b, D], finite; b may differ between ranks and may be 0.
+            labels: int64 [b] in [0, C), or -1 for samples that don't count.
+
+        Raises:
+            ValueError: on every rank, where the input of any is bad; the message names rank and value.
+        """
+        weight = self._anchor if self.weight is None else self.weight
+        loss: Tensor = _ShardedSoftmax.apply(features, weight, labels, self)
+        return loss
 
     def full_centers(self) -> Tensor:
-        """All centres [C, D] in class order, on every rank."""
-        own = self.shard.store.whole("weight")
-        chunk = -(-self.num_classes // self.ranks.size)
-        padded = own.new_zeros(chunk, self.dim)
-        padded[: len(own)] = own
-        return torch.cat(self.ranks.gather(padded))[: self.num_classes]
+        """All centres [C, D] in class order, on every rank: for tests, export and small heads."""
+        shard, chunk = self.shard, -(-self.num_classes // self.ranks.size)
+        own = torch.zeros(chunk, self.dim, dtype=shard.dtype, device=shard.device)
+        for low in range(0, len(shard.classes), shard.tile):
+            rows = slice(low, min(low + shard.tile, len(shard.classes)))
+            own[rows] = shard.load(rows)[0]["weight"].detach()
+        return torch.cat(self.ranks.gather(own))[: self.num_classes]
 
-    def _run_forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, _Pass]:
-        shard, acc = self.shard, self.shard.acc
+    def _run_forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Pass]:
         batch = gather_batch(self.ranks, features, labels, self.dim, self.num_classes)
-        x = batch.features.to(acc)
-        norms = x.norm(dim=1)
-        unit = x / norms.clamp_min(1e-12)[:, None]
-        u = unit.to(shard.store.whole("weight").dtype)
-        own = shard.own_rows(batch.labels)
-        active = ActiveRows()
-        sums = torch.stack([denominators(shard, active, u, own, 0.0), own_cosines(shard, unit, own).double()])
-        others, cosine = self.ranks.sum_(sums)
-        cosine = cosine.to(acc)
-        m = self.margin
-        target = target_logit(cosine, m.m1, m.m2, m.m3)
-        own_logit = self.scale * target.psi.double()
-        lse = torch.logaddexp(torch.log(others), own_logit)
-        valid = batch.labels >= 0
-        losses = torch.where(valid, lse - own_logit, 0.0)
-        loss = losses.sum() / valid.sum().clamp_min(1)
-        done = _Pass(batch, norms, unit, u, own, active, cosine, target, lse.to(acc), valid, self._version)
-        return loss.to(acc), done
+        if self.weight is not None:
+            self._follow_parameter()
+        gate = self.gate if self.training else None
+        return forward_pass(self.shard, self.ranks, self.margin, gate, batch, self.step, self._version)
 
-    def _run_backward(self, done: _Pass, grad: Tensor) -> Tensor:
-        if done.version != self._version:
-            raise RuntimeError("the centres have moved since this loss was computed")
+    def _follow_parameter(self) -> None:
+        """The norms of centres that somebody else's optimiser moves."""
         shard = self.shard
-        count = done.valid.sum().clamp_min(1)
-        coefficient = torch.where(done.valid, grad.to(shard.acc) / count, 0.0)
-        p = torch.exp(self.scale * done.target.psi - done.lse)
-        own_slope = coefficient * (p - 1.0) * done.target.d_cosine
-        slopes = Slopes(done.lse, coefficient, own_slope, done.own_cosine)
-        d_u = self.ranks.sum_(walk_back(shard, done.active, done.u, done.own_rows, slopes, self._update))
+        for low in range(0, len(shard.classes), shard.tile):
+            rows = slice(low, min(low + shard.tile, len(shard.classes)))
+            w = shard.store.load(rows, ("weight",))["weight"].detach()
+            shard.inverse_norm[rows] = kernels.inverse_norms(w, shard.acc)
+
+    def _run_backward(self, done: Pass, loss: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the features [b, D] and, where it is a parameter, of the weight [n, D]."""
+        if done.version != self._version:
+            raise RuntimeError(
+                "the centres have moved since this loss was computed: each loss takes one backward, before the next"
+            )
+        grad = self.ranks.sum_(grad.to(self.shard.acc).clone()) / self.ranks.size
+        if not bool(torch.isfinite(grad) & torch.isfinite(loss)):
+            self.skipped += 1
+            mine = done.features.unit[done.batch.mine]
+            return torch.full_like(mine, torch.nan), None
+        if self.weight is not None:
+            d_weight = torch.zeros_like(self.weight)
+
+            def collect(rows: Rows, columns: dict[str, Tensor], gradient: TileGradient) -> None:
+                projected = gradient.projection[:, None] * columns["weight"].detach()
+                d_weight[rows] = (gradient.products - projected).to(d_weight.dtype)
+
+            return backward_pass(self.shard, self.ranks, done, grad, collect), d_weight
+        if not self.training:
+            return backward_pass(self.shard, self.ranks, done, grad, None), None
+        return self._step(done, grad), None
+
+    def _step(self, done: Pass, grad: Tensor) -> Tensor:
+        shard = self.shard
+        lr = torch.tensor(self.lr, dtype=shard.acc, device=shard.device)
+        factor = 1.0 if self.unscale is None else 1.0 / self.unscale()
+
+        def update(rows: Rows, columns: dict[str, Tensor], gradient: TileGradient) -> None:
+            self._update(rows, columns, gradient, lr, factor)
+
+        d_x = backward_pass(shard, self.ranks, done, grad, update)
         self._version += 1
         self.step += 1
-        d_u = d_u[done.batch.mine]
-        unit, norms = done.unit[done.batch.mine], done.norms[done.batch.mine]
-        d_x = (d_u - (d_u * unit).sum(1, keepdim=True) * unit) / norms.clamp_min(1e-12)[:, None]
-        return d_x * self.ranks.size
-
-    def _update(self, rows: Rows, columns: dict[str, Tensor], d_w: Tensor, projection: Tensor) -> None:
-        keys = {}
-        if d_w.dtype == torch.bfloat16:
-            local = (
-                torch.arange(rows.start, rows.stop, device=d_w.device) if isinstance(rows, slice) else rows
+        if shard.history is not None and shard.last_step is not None:
+            shard.history.append(self.lr)
+            shard.last_step[slice(None) if done.active.rows is None else done.active.rows] = len(
+                shard.history
             )
-            key, _ = row_keys(self.seed, STREAM_ROUNDING, self.step, local + self.shard.classes.start)
-            keys = {name: key for name in columns}
-        lr = torch.tensor(self.lr, dtype=self.shard.acc, device=d_w.device)
-        narrow = {name: column[rows] for name, column in self._narrow.items()}
-        _, inverse = kernels.update_tile_(self.optimizer, columns, narrow, d_w, projection, lr, keys)
-        self.shard.inverse_norm[rows] = inverse
+        if self.gate is not None:
+            self.gate.settle(done.active)
+        return d_x
+
+    def _update(
+        self, rows: Rows, columns: dict[str, Tensor], gradient: TileGradient, lr: Tensor, factor: float
+    ) -> None:
+        shard = self.shard
+        keys: dict[str, Tensor] = {}
+        if shard.dtype == torch.bfloat16:
+            for stream, name in enumerate(columns):
+                keys[name], _ = row_keys(self.seed, STREAM_ROUNDING + stream, self.step, shard.ids(rows))
+        narrow = {name: column[rows] for name, column in shard.narrow.items()}
+        new, inverse = shard.kernels.update_tile_(
+            self.rule, columns, narrow, gradient.products, gradient.projection, lr, factor, keys
+        )
+        for name, column in new.items():
+            shard.narrow[name][rows] = column
+        shard.inverse_norm[rows] = inverse
+        shard.store.store(rows, columns)
+        if self.gate is not None:
+            self.gate.moved(rows, columns["weight"], inverse)
+
+
+def _check_settings(
+    margin: Margin | AdaptiveMargin,
+    dim: int,
+    scale: float,
+    storage: str,
+    normalized: bool,
+    tile: int,
+    optimizer: RowOptimizer | None,
+    place: str | Path,
+) -> None:
+    if dim < 1 or tile < 1 or not scale > 0:
+        raise ValueError(f"dim, tile and scale must be positive, got {dim}, {tile} and {scale}")
+    if storage not in STORAGE:
+        raise ValueError(f"storage must be one of {', '.join(STORAGE)}, got {storage!r}")
+    if not normalized and margin != Margin():
+        raise ValueError(f"a margin needs cosines: normalized=False takes none, got {margin}")
+    if optimizer is None and place != "device":
+        raise ValueError(f"an ordinary parameter lives on the device, got place={str(place)!r}")
 
 
 class _ShardedSoftmax(torch.autograd.Function):
+    """Joins the walk to autograd. The second input only gives backward a reason to run."""
+
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, anchor: Tensor, labels: Tensor, head: ShardedMarginHead
+        ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, head: ShardedMarginHead
     ) -> Tensor:
         loss, ctx.done = head._run_forward(features.detach(), labels)
-        ctx.head, ctx.dtype = head, features.dtype
+        ctx.head, ctx.dtype, ctx.loss = head, features.dtype, loss.detach().clone()
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.head._run_backward(ctx.done, grads[0]).to(ctx.dtype), None, None, None
+        d_features, d_weight = ctx.head._run_backward(ctx.done, ctx.loss, grads[0])
+        return d_features.to(ctx.dtype), d_weight, None, None

@@ -9,25 +9,14 @@ Legend: K classes of a tile, B samples, D dimension. acc is float64 where the ce
     offset     [K]     log-weight of the class minus the shift, acc
 """
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from heads.counter import round_stochastically, row_noise
+from heads.optimizers import RowOptimizer
 
 # The logit of a sample's own class is replaced, not summed. Finite, so that 0 * MASKED is 0 and not NaN.
 MASKED = -1e30
-
-
-class RowRule(Protocol):
-    """An optimiser as a pure function of rows; see `heads.optimizers`."""
-
-    def step(
-        self, wide: dict[str, Tensor], narrow: dict[str, Tensor], gradient: Tensor, lr: Tensor
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """New wide [K, D] and narrow [K] columns."""
-        ...
 
 
 def sum_exp(z: Tensor, row_scale: Tensor, offset: Tensor) -> Tensor:
@@ -64,15 +53,16 @@ def inverse_norms(w: Tensor, acc: torch.dtype) -> Tensor:
 
 
 def update_tile_(
-    rule: RowRule,
+    rule: RowOptimizer,
     columns: dict[str, Tensor],
     narrow: dict[str, Tensor],
     d_w: Tensor,
     projection: Tensor,
     lr: Tensor,
+    factor: float,
     keys: dict[str, Tensor],
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """One optimiser step of a tile, in place; the gradient is d_w - projection*w.
+    """One optimiser step of a tile, in place; the gradient is (d_w - projection*w)*factor.
 
     columns: wide [K, D] ("weight" and moments), changed in place. narrow: acc or integer [K], returned anew. lr: acc
     scalar. keys: int32 [K] for each wide column, the random keys of stochastic rounding (bfloat16 only).
@@ -80,7 +70,7 @@ def update_tile_(
     """
     acc = projection.dtype
     wide = {name: column.to(acc) for name, column in columns.items()}
-    gradient = d_w.to(acc) - projection[:, None] * wide["weight"]
+    gradient = (d_w.to(acc) - projection[:, None] * wide["weight"]) * factor
     new, new_narrow = rule.step(wide, narrow, gradient, lr)
     for name, value in new.items():
         columns[name].copy_(rounded(value, columns[name].dtype, keys.get(name)))

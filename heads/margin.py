@@ -9,7 +9,6 @@ psi = (-1)^k cos(phi) - 2k - m3, continuous, with a continuous slope, and fallin
 Shapes: B samples; every tensor here is [B].
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite, pi
 
@@ -43,10 +42,6 @@ class TargetLogit:
     d_m1: Tensor
     d_m2: Tensor
     d_m3: Tensor
-
-
-# Margins that depend on the sample: feature norms [B] -> (m1, m2, m3), each [B] or a number.
-AdaptiveMargin = Callable[[Tensor], tuple[Tensor | float, Tensor | float, Tensor | float]]
 
 
 def target_logit(cosine: Tensor, m1: Tensor | float, m2: Tensor | float, m3: Tensor | float) -> TargetLogit:

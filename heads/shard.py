@@ -4,13 +4,17 @@ Legend: n classes of this shard, A active ones, K of a tile, B gathered samples,
 acc is float64 where the centres are float64, else float32.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import log
 
 import torch
 from torch import Tensor
 
 from heads import kernels
+from heads.counter import STREAM_CATCH_UP, row_keys
+from heads.idle import StepHistory, bring_up
+from heads.kernel_choice import Kernels
 from heads.partition import ClassRange
 from heads.stores import Rows, RowStore
 
@@ -54,29 +58,70 @@ class Workspace:
 
 @dataclass
 class Shard:
-    """A rank's centres with everything the walk needs. `inverse_norm` acc [n] is kept true as rows move."""
+    """A rank's centres with everything the walk needs.
+
+    inverse_norm acc [n] is 1/|w|, kept true as rows move. narrow holds the optimiser's columns [n]. history
+    and last_step (int32 [n]) are there where idle rows follow a dense optimiser.
+    """
 
     classes: ClassRange
     store: RowStore
+    dtype: torch.dtype
     inverse_norm: Tensor
+    narrow: dict[str, Tensor]
     scale: float
     normalized: bool
     tile: int
-    workspace: Workspace
+    kernels: Kernels
+    seed: int
+    history: StepHistory | None = None
+    last_step: Tensor | None = None
+    workspace: Workspace = field(default_factory=Workspace)
 
     @property
     def acc(self) -> torch.dtype:
+        """The dtype of sums: float64 for float64 centres, else float32."""
         return self.inverse_norm.dtype
 
-    def row_scale(self, rows: Rows) -> Tensor:
-        """What a raw product w.u is multiplied by to be a logit: scale/|w|, or scale. acc [K]."""
-        inverse = self.inverse_norm[rows]
-        return inverse * self.scale if self.normalized else torch.full_like(inverse, self.scale)
+    @property
+    def device(self) -> torch.device:
+        """Where the work is done."""
+        return self.inverse_norm.device
+
+    def ids(self, rows: Rows) -> Tensor:
+        """Global class ids of rows, int64 [K]."""
+        if isinstance(rows, slice):
+            return torch.arange(rows.start, rows.stop, device=self.device) + self.classes.start
+        return rows + self.classes.start
 
     def own_rows(self, labels: Tensor) -> Tensor:
-        """The row of each label in this shard, -1 where it lives elsewhere or the sample is ignored. int64 [B]."""
+        """The row of each label here, -1 where another shard has it or the sample is ignored. int64 [B]."""
         here = (labels >= self.classes.start) & (labels < self.classes.stop)
         return torch.where(here, labels - self.classes.start, -1)
+
+    def load(self, rows: Rows, names: Sequence[str] = ("weight",)) -> tuple[dict[str, Tensor], Tensor]:
+        """Columns [K, D] of some rows as of now, and their 1/|w| acc [K]. Valid until the next load."""
+        if self.history is None or self.last_step is None:
+            return self.store.load(rows, names), self.inverse_norm[rows]
+        last = self.last_step[rows]
+        if not len(last) or int(last.min()) == len(self.history):
+            return self.store.load(rows, names), self.inverse_norm[rows]
+        return self._load_idle(self.history, last, rows, names)
+
+    def _load_idle(
+        self, history: StepHistory, last: Tensor, rows: Rows, names: Sequence[str]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        columns = self.store.load(rows, [n for n in ("weight", "momentum") if n in self.store.names])
+        momentum = columns.get("momentum")
+        w, m = bring_up(
+            history, last, columns["weight"].to(self.acc), None if momentum is None else momentum.to(self.acc)
+        )
+        key, other = row_keys(self.seed, STREAM_CATCH_UP, len(history), self.ids(rows))
+        stale = (last < len(history))[:, None]
+        fresh = {"weight": torch.where(stale, kernels.rounded(w, self.dtype, key), columns["weight"])}
+        if m is not None and momentum is not None:
+            fresh["momentum"] = torch.where(stale, kernels.rounded(m, self.dtype, other), momentum)
+        return {n: fresh[n] for n in names}, kernels.inverse_norms(fresh["weight"], self.acc)
 
 
 def tiles(shard: Shard, active: ActiveRows, own_rows: Tensor) -> Iterator[Tile]:
@@ -93,6 +138,11 @@ def tiles(shard: Shard, active: ActiveRows, own_rows: Tensor) -> Iterator[Tile]:
         yield Tile(low, high, rows, order[first:last], ranked[first:last] - low)
 
 
+def row_scale(shard: Shard, inverse_norm: Tensor) -> Tensor:
+    """What a raw product w.u is multiplied by to be a logit: scale/|w|, or scale. acc [K]."""
+    return inverse_norm * shard.scale if shard.normalized else torch.full_like(inverse_norm, shard.scale)
+
+
 def tile_products(shard: Shard, tile: Tile, w: Tensor, u: Tensor) -> Tensor:
     """w.u of a tile, [K, B] in the centres' dtype, with each sample's own class masked."""
     z = shard.workspace.take("z", (len(w), len(u)), w)
@@ -102,38 +152,57 @@ def tile_products(shard: Shard, tile: Tile, w: Tensor, u: Tensor) -> Tensor:
     return z
 
 
-def own_cosines(shard: Shard, unit: Tensor, own_rows: Tensor) -> Tensor:
-    """The (unscaled) logit of each sample's own class with unit acc [B, D], acc [B]; 0 where this shard doesn't hold it."""
+def own_products(shard: Shard, unit: Tensor, own_rows: Tensor) -> Tensor:
+    """Each sample's cosine (or product) with its own class, from unit acc [B, D]: acc [B], 0 if held elsewhere."""
     held = own_rows >= 0
     out = torch.zeros(len(unit), dtype=shard.acc, device=unit.device)
     rows, inverse = own_rows[held].unique(return_inverse=True)
     if len(rows):
-        w = shard.store.load(rows, ("weight",))["weight"].to(shard.acc)
-        if shard.normalized:
-            w = w * shard.inverse_norm[rows][:, None]
-        out[held] = (w[inverse] * unit[held]).sum(1)
+        columns, inverse_norm = shard.load(rows)
+        w = columns["weight"].to(shard.acc)
+        out[held] = ((w * inverse_norm[:, None] if shard.normalized else w)[inverse] * unit[held]).sum(1)
     return out
 
 
-def denominators(shard: Shard, active: ActiveRows, u: Tensor, own_rows: Tensor, shift: float) -> Tensor:
-    """Sum over the active classes but the own one of exp(logit + log_weight - shift), float64 [B]."""
+def denominators(shard: Shard, active: ActiveRows, u: Tensor, own_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(shift, total), float64 [B] each: exp(shift)*total is the sum over the active classes but the own one of
+    exp(logit + log_weight).
+
+    Cosine logits are bounded by the scale, so where exp(scale) times the classes fits the number format the
+    shift is 0 and each tile is read once; otherwise the largest logit so far is carried along.
+    """
     total = torch.zeros(len(u), dtype=torch.float64, device=u.device)
+    shift = torch.full_like(total, -torch.inf if needs_shift(shard) else 0.0)
     for tile in tiles(shard, active, own_rows):
-        w = shard.store.load(tile.rows, ("weight",))["weight"]
-        z = tile_products(shard, tile, w, u)
-        row_scale = shard.row_scale(tile.rows)
-        total += kernels.sum_exp(z, row_scale, _offset(active, tile, row_scale) - shift)
-    return total
+        columns, inverse_norm = shard.load(tile.rows)
+        z = tile_products(shard, tile, columns["weight"], u)
+        factor = row_scale(shard, inverse_norm)
+        offset = log_weights(active, tile, factor)
+        if not needs_shift(shard):
+            total += shard.kernels.sum_exp(z, factor, offset)
+            continue
+        largest, part = shard.kernels.max_sum_exp(z, factor, offset)
+        higher = torch.maximum(shift, largest.double())
+        total = total * torch.exp(shift - higher) + part.double() * torch.exp(largest.double() - higher)
+        shift = higher
+    return shift, total
 
 
-def _offset(active: ActiveRows, tile: Tile, like: Tensor) -> Tensor:
+def needs_shift(shard: Shard) -> bool:
+    """Whether the sum over all classes of exp(logit) can leave the range of the accumulation dtype."""
+    room = 690.0 if shard.acc == torch.float64 else 80.0
+    return not shard.normalized or shard.scale + log(shard.classes.num_classes) > room
+
+
+def log_weights(active: ActiveRows, tile: Tile, like: Tensor) -> Tensor:
+    """The log-weights of a tile, acc [K]."""
     return torch.zeros_like(like) if active.log_weight is None else active.log_weight[tile.low : tile.high]
 
 
 @dataclass(frozen=True)
 class Slopes:
-    """What backward knows of each sample: log of its denominator, its weight in the loss, and of its own class the
-    slope dL/dlogit and the cosine. acc [B] each."""
+    """What backward knows of each sample, acc [B]: the log of its denominator, its weight in the loss, and of
+    its own class the slope dL/dlogit and the cosine."""
 
     lse: Tensor
     coefficient: Tensor
@@ -141,49 +210,51 @@ class Slopes:
     own_cosine: Tensor
 
 
-# rows, {column: tile}, gradient products [K, D], what the projection takes off w [K] -> the tiles changed in place
-Update = Callable[[Rows, dict[str, Tensor], Tensor, Tensor], None]
+@dataclass(frozen=True)
+class TileGradient:
+    """dL/dw of a tile is products - projection*w: products [K, D] in the centres' dtype, projection acc [K]."""
+
+    products: Tensor
+    projection: Tensor
+
+
+Update = Callable[[Rows, dict[str, Tensor], TileGradient], None]
 
 
 def walk_back(
     shard: Shard, active: ActiveRows, u: Tensor, own_rows: Tensor, slopes: Slopes, update: Update | None
 ) -> Tensor:
-    """Gradient of the loss with respect to u from this shard's classes, acc [B, D]; each tile is updated on the way.
+    """Gradient of the loss by u from this shard's classes, acc [B, D]; `update` gets each tile on the way.
 
-    A class's gradient is complete inside its tile: dL/dw = g^T u - (q/|w|^2) w, with g the tile of slopes over the
-    norms and q = sum_b dL/dc * c.
+    A class's gradient is complete inside its tile: dL/dw = g u - (q/|w|^2) w, with g [K, B] the slopes over
+    the norms and q = sum_b dL/dc * c.
     """
     d_u = torch.zeros(len(u), u.shape[1], dtype=shard.acc, device=u.device)
     names = shard.store.names if update else ("weight",)
     for tile in tiles(shard, active, own_rows):
-        columns = shard.store.load(tile.rows, names)
+        columns, inverse_norm = shard.load(tile.rows, names)
         w = columns["weight"]
-        g, projection = _tile_slopes(shard, active, tile, w, u, slopes)
+        g, projection = _tile_slopes(shard, active, tile, w, inverse_norm, u, slopes)
         _add_product(shard, d_u, g, w)
         if update is not None:
             d_w = torch.mm(g, u, out=shard.workspace.take("d_w", (len(w), u.shape[1]), w))
-            update(tile.rows, columns, d_w, projection)
-            shard.store.store(tile.rows, columns)
+            update(tile.rows, columns, TileGradient(d_w, projection))
     return d_u
 
 
 def _tile_slopes(
-    shard: Shard, active: ActiveRows, tile: Tile, w: Tensor, u: Tensor, slopes: Slopes
+    shard: Shard, active: ActiveRows, tile: Tile, w: Tensor, inverse_norm: Tensor, u: Tensor, slopes: Slopes
 ) -> tuple[Tensor, Tensor]:
-    """The slopes [K, B] over the norms, in the centres' dtype, and q/|w|^2 [K]."""
+    """The slopes [K, B] over the norms, in the centres' dtype, and q/|w|^2 acc [K]."""
     z = tile_products(shard, tile, w, u)
-    row_scale = shard.row_scale(tile.rows)
-    log_weight = _offset(active, tile, row_scale)
-    q = kernels.softmax_gradient_(z, row_scale, log_weight, slopes.lse, slopes.coefficient)
+    factor = row_scale(shard, inverse_norm)
+    log_weight = log_weights(active, tile, factor)
+    q = shard.kernels.softmax_gradient_(z, factor, log_weight, slopes.lse, slopes.coefficient)
     if len(tile.samples):
-        slope = slopes.own_slope[tile.samples] * row_scale[tile.places]
-        z[tile.places, tile.samples] = slope.to(z.dtype)
-        q.index_add_(
-            0, tile.places, slopes.own_slope[tile.samples] * slopes.own_cosine[tile.samples] * shard.scale
-        )
-    if not shard.normalized:
-        return z, torch.zeros_like(q)
-    return z, q * shard.inverse_norm[tile.rows] ** 2
+        slope = slopes.own_slope[tile.samples]
+        z[tile.places, tile.samples] = (slope * factor[tile.places]).to(z.dtype)
+        q.index_add_(0, tile.places, slope * slopes.own_cosine[tile.samples] * shard.scale)
+    return z, q * inverse_norm**2 if shard.normalized else torch.zeros_like(q)
 
 
 def _add_product(shard: Shard, d_u: Tensor, g: Tensor, w: Tensor) -> None:

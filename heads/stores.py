@@ -64,10 +64,12 @@ class DeviceRows:
         return torch.index_select(column, 0, rows, out=spare[: len(rows)])
 
     def store(self, rows: Rows, values: dict[str, Tensor]) -> None:
-        if isinstance(rows, slice):
-            return
         for name, value in values.items():
-            self._columns[name].index_copy_(0, rows, value)
+            column = self._columns[name]
+            if not isinstance(rows, slice):
+                column.index_copy_(0, rows, value)
+            elif value.data_ptr() != column[rows].data_ptr():
+                column[rows] = value
 
     def whole(self, name: str) -> Tensor:
         return self._columns[name]

@@ -1,0 +1,184 @@
+"""One training step of the sharded softmax: what is gathered, summed and handed from forward to backward.
+
+Legend: b samples of this rank, B of all ranks, D dimension.
+    x feature, w centre, u = x/|x|, v = w/|w|, c = u.v, t = c at the label, psi(t) the margin
+    loss = mean over the valid samples of LSE - s*psi, LSE = log(exp(s*psi) + sum over other classes exp(s*c))
+Across ranks go: features and labels (B x D), the own cosines and the sums of exponentials (B each; once more B for
+the shift where logits have no bound), one scalar, and the gradient of u (B x D). Nothing of size C.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from heads.adaptive import AdaptiveMargin
+from heads.collectives import GatheredBatch, Ranks
+from heads.gates import ActiveGate, GateInput
+from heads.margin import Margin, TargetLogit, target_logit
+from heads.shard import ActiveRows, Shard, Slopes, Update, denominators, needs_shift, own_products, walk_back
+
+_TINY = 1e-12  # features shorter than this count as if they were this long
+
+
+@dataclass(frozen=True)
+class Features:
+    """The gathered samples: norms acc [B], unit acc [B, D], and u, the same in the centres' dtype.
+
+    Without normalisation unit and u are the features themselves.
+    """
+
+    norms: Tensor
+    unit: Tensor
+    u: Tensor
+
+
+@dataclass(frozen=True)
+class TargetMargin:
+    """psi and its slopes with the graph from the norms to adaptive margins, if there is one."""
+
+    logit: TargetLogit
+    norms: Tensor | None
+    margins: tuple[Tensor | float, Tensor | float, Tensor | float]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What forward leaves for backward: a few B-sized vectors, the gathered batch and the active rows."""
+
+    batch: GatheredBatch
+    features: Features
+    own_rows: Tensor
+    active: ActiveRows
+    own_cosine: Tensor
+    target: TargetMargin
+    lse: Tensor
+    valid: Tensor
+    version: int
+
+
+def prepare(shard: Shard, x: Tensor) -> Features:
+    """Norms and units of gathered features [B, D]."""
+    x = x.to(shard.acc)
+    norms = x.norm(dim=1)
+    unit = x / norms.clamp_min(_TINY)[:, None] if shard.normalized else x
+    return Features(norms, unit, unit.to(shard.dtype))
+
+
+def forward_pass(
+    shard: Shard,
+    ranks: Ranks,
+    margin: Margin | AdaptiveMargin,
+    gate: ActiveGate | None,
+    batch: GatheredBatch,
+    step: int,
+    version: int,
+) -> tuple[Tensor, Pass]:
+    """The global mean loss (an acc scalar; 0 where no sample is valid) and what backward needs."""
+    features = prepare(shard, batch.features)
+    own_rows = shard.own_rows(batch.labels)
+    given = GateInput(features.unit, batch.labels, own_rows, step)
+    active = select(gate, given)
+    others, own_cosine = log_sums(shard, ranks, active, features, own_rows)
+    if gate is not None:
+        more = gate.widen(given, active, others)
+        if more is not None:
+            further, _ = log_sums(shard, ranks, more, features, own_rows.new_full((len(own_rows),), -1))
+            others, active = torch.logaddexp(others, further), merge(active, more)
+    target = apply_margin(margin, own_cosine, features.norms)
+    own_logit = shard.scale * target.logit.psi.double()
+    lse = torch.logaddexp(others, own_logit)
+    valid = batch.labels >= 0
+    loss = torch.where(valid, lse - own_logit, 0.0).sum() / valid.sum().clamp_min(1)
+    lse = lse.to(shard.acc)
+    return loss.to(shard.acc), Pass(
+        batch, features, own_rows, active, own_cosine, target, lse, valid, version
+    )
+
+
+def select(gate: ActiveGate | None, given: GateInput) -> ActiveRows:
+    """The gate's choice, checked: a class of the batch that isn't active can't be learnt."""
+    if gate is None:
+        return ActiveRows()
+    active = gate.select(given)
+    own = given.own_rows[given.own_rows >= 0]
+    if active.rows is not None and not torch.isin(own, active.rows).all():
+        missing = own[~torch.isin(own, active.rows)][0]
+        raise RuntimeError(f"the gate left out row {int(missing)}, the class of a sample of the batch")
+    return active
+
+
+def log_sums(
+    shard: Shard, ranks: Ranks, active: ActiveRows, features: Features, own_rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log of the sum over all ranks' active classes but the own one, float64 [B]; own cosine acc [B]."""
+    shift, total = denominators(shard, active, features.u, own_rows)
+    if needs_shift(shard):
+        highest = ranks.max_(shift.clone())
+        total = torch.where(total > 0, total * torch.exp(shift - highest), 0.0)
+        shift = highest
+    sums = torch.stack([total, own_products(shard, features.unit, own_rows).double()])
+    total, own_cosine = ranks.sum_(sums)
+    return torch.where(total > 0, shift + torch.log(total), -torch.inf), own_cosine.to(shard.acc)
+
+
+def apply_margin(margin: Margin | AdaptiveMargin, own_cosine: Tensor, norms: Tensor) -> TargetMargin:
+    """psi of each sample; an adaptive margin is run with gradients, so that backward can go through it."""
+    if isinstance(margin, Margin):
+        margins = (margin.m1, margin.m2, margin.m3)
+        return TargetMargin(target_logit(own_cosine, *margins), None, margins)
+    with torch.enable_grad():
+        leaf = norms.detach().requires_grad_()
+        adaptive = margin(leaf)
+    plain = tuple(m.detach() if isinstance(m, Tensor) else float(m) for m in adaptive)
+    return TargetMargin(target_logit(own_cosine, plain[0], plain[1], plain[2]), leaf, adaptive)
+
+
+def merge(first: ActiveRows, more: ActiveRows) -> ActiveRows:
+    """The union of two disjoint sets of rows, sorted."""
+    if first.rows is None or more.rows is None:
+        return first
+    rows, order = torch.cat([first.rows, more.rows]).sort()
+    if first.log_weight is None or more.log_weight is None:
+        return ActiveRows(rows)
+    return ActiveRows(rows, torch.cat([first.log_weight, more.log_weight])[order])
+
+
+def backward_pass(shard: Shard, ranks: Ranks, done: Pass, grad: Tensor, update: Update | None) -> Tensor:
+    """d loss/d features of this rank's samples times the number of ranks, acc [b, D]; `update` gets the tiles.
+
+    DDP divides the sum of the ranks' gradients by their number: so multiplied, a backbone under DDP receives the
+    gradient of the global mean.
+    """
+    count = done.valid.sum().clamp_min(1)
+    coefficient = torch.where(done.valid, grad.to(shard.acc) / count, 0.0)
+    p = torch.exp(shard.scale * done.target.logit.psi - done.lse)
+    d_psi = coefficient * (p - 1.0)
+    slopes = Slopes(done.lse, coefficient, d_psi * done.target.logit.d_cosine, done.own_cosine)
+    d_u = ranks.sum_(walk_back(shard, done.active, done.features.u, done.own_rows, slopes, update))
+    mine = done.batch.mine
+    d_x = d_u[mine]
+    if shard.normalized:
+        unit, norms = done.features.unit[mine], done.features.norms[mine].clamp_min(_TINY)
+        d_x = (d_x - (d_x * unit).sum(1, keepdim=True) * unit) / norms[:, None]
+        d_norm = _norm_gradient(done.target, shard.scale * d_psi)
+        if d_norm is not None:
+            d_x = d_x + d_norm[mine, None] * unit
+    return d_x * ranks.size
+
+
+def _norm_gradient(target: TargetMargin, d_psi: Tensor) -> Tensor | None:
+    """dL/d|x| acc [B] through adaptive margins, or None where they don't differentiate."""
+    if target.norms is None:
+        return None
+    slopes = (target.logit.d_m1, target.logit.d_m2, target.logit.d_m3)
+    pairs = [
+        (m, d_psi * slope)
+        for m, slope in zip(target.margins, slopes, strict=True)
+        if isinstance(m, Tensor) and m.requires_grad
+    ]
+    if not pairs:
+        return None
+    outputs = [m for m, _ in pairs]
+    (d_norm,) = torch.autograd.grad(outputs, target.norms, [g.expand_as(m) for m, g in pairs])
+    return d_norm
