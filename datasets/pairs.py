@@ -9,9 +9,9 @@ Shapes: C bands, H rows, W columns.
 """
 
 import csv
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,50 +32,24 @@ class Pair:
     split: str = "train"
 
 
-@dataclass(frozen=True)
-class Normalisation:
-    """What happens to pixel values before a network sees them: (value / scale - mean) / std, band by band.
+class Pixels(Protocol):
+    """An image as a network sees it: normalised, 0 where it has no data."""
 
-    Missing and non-finite values become 0, which is the mean.
-    """
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(bands, height, width)."""
 
-    scale: float = 1.0
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-
-    def check(self, channels: int) -> None:
-        """ValueError unless there is one mean and one positive std a band (or one for all)."""
-        if not self.scale:
-            raise ValueError("the scale that values are divided by can't be 0")
-        for name, values in (("means", self.mean), ("standard deviations", self.std)):
-            if values is not None and len(values) not in (1, channels):
-                raise ValueError(f"{len(values)} {name} for {channels} bands")
-        if self.std is not None and min(self.std) <= 0:
-            raise ValueError(f"standard deviations must be positive, not {self.std}")
-
-    def __call__(self, data: NDArray[np.generic], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """Values [C, h, w] of any dtype and where they are valid [h, w], as float32 [C, h, w]."""
-        values = data.astype(np.float32)
-        if self.scale != 1:
-            values /= np.float32(self.scale)
-        if self.mean is not None:
-            values -= np.asarray(self.mean, np.float32)[:, None, None]
-        if self.std is not None:
-            values /= np.asarray(self.std, np.float32)[:, None, None]
-        values[:, ~valid] = 0
-        if not np.issubdtype(data.dtype, np.integer):
-            values[~np.isfinite(values)] = 0
-        return values
+    def read(self, window: Window) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Values [C, h, w] of a window and where it has data [h, w]."""
 
 
 @dataclass(frozen=True)
 class LabelledScene:
-    """An opened pair, on one grid. `read` gives what a network trains on."""
+    """An image and its labels on one grid. `read` gives what a network trains on."""
 
     pair: Pair
-    image: Raster
+    image: Pixels
     labels: Raster
-    normalisation: Normalisation
     classes: int
 
     @property
@@ -84,20 +58,16 @@ class LabelledScene:
         return self.image.shape
 
     def read(self, window: Window) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-        """Normalised image [C, h, w] and classes [h, w] of a window, IGNORE where either has no data."""
-        return self.read_image(window), self.read_target(window)
-
-    def read_image(self, window: Window) -> NDArray[np.float32]:
-        """Normalised image [C, h, w] of a window, 0 where it has no data."""
-        data = self.image.read(window)
-        return self.normalisation(data, self.image.mask(window, data=data))
-
-    def read_target(self, window: Window) -> NDArray[np.uint8]:
-        """Classes [h, w] of a window, IGNORE where the labels or the image have no data.
+        """Image [C, h, w] and classes [h, w] of a window, IGNORE where either has no data.
 
         Raises:
             ValueError: for a class that the model doesn't have, naming file and place.
         """
+        image, valid = self.image.read(window)
+        return image, np.where(valid, self._classes(window), IGNORE).astype(np.uint8)
+
+    def _classes(self, window: Window) -> NDArray[np.generic]:
+        """Labels [h, w] of a window, IGNORE where they have no data."""
         raw = self.labels.read(window)
         labelled = self.labels.mask(window, data=raw) & (raw[0] != IGNORE)
         unknown = labelled & ((raw[0] < 0) | (raw[0] >= self.classes))
@@ -108,15 +78,14 @@ class LabelledScene:
                 f"{window.col_off + col}; the model has classes 0 to {self.classes - 1} "
                 f"(the labels' nodata value, or {IGNORE}, marks pixels without a class)"
             )
-        seen = labelled & self.image.mask(window)
-        return np.where(seen, raw[0], IGNORE).astype(np.uint8)
+        return np.where(labelled, raw[0], IGNORE)
 
     def class_counts(self) -> NDArray[np.int64]:
-        """Pixels of each class [classes], read block by block; raises as `read_target` does."""
+        """Pixels of each class [classes], by the labels alone; raises as `read` does."""
         counts = np.zeros(self.classes, np.int64)
         for tile in TileGrid(self.shape[1], self.shape[2], 2048):
-            target = self.read_target(tile.core)
-            counts += np.bincount(target.ravel(), minlength=IGNORE + 1)[: self.classes]
+            classes = self._classes(tile.core).ravel().astype(np.int64)
+            counts += np.bincount(classes, minlength=IGNORE + 1)[: self.classes]
         return counts
 
 
@@ -154,20 +123,14 @@ def _resolve(path: Path, address: str) -> str:
     return address if remote else str(path.parent / address)
 
 
-def open_pair(
-    pair: Pair,
-    *,
-    classes: int,
-    bands: Sequence[int] | None = None,
-    normalisation: Normalisation | None = None,
-) -> LabelledScene:
-    """Open a scene and its labels; only their headers are read.
+def open_labels(pair: Pair, image: Raster) -> Raster:
+    """The labels of a pair, which lie on the grid of its image; only headers are read.
 
     Raises:
-        ValueError: where one doesn't open, the labels have several bands or fractions, or size, CRS or
-            transform differ; both values are named.
+        ValueError: where they don't open, have several bands or fractions, or differ from the image in
+            size, CRS or transform; both values are named.
     """
-    image, labels = open_raster(pair.scene, bands=bands), open_raster(pair.labels)
+    labels = open_raster(pair.labels)
     if labels.shape[0] != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
             f"{pair.labels}: labels are one band of whole numbers, not {labels.shape[0]} of {labels.dtype}"
@@ -184,6 +147,4 @@ def open_pair(
             f"{pair.labels}: transform {labels.transform.to_gdal()}, but {pair.scene} has "
             f"{image.transform.to_gdal()}"
         )
-    norm = normalisation or Normalisation()
-    norm.check(image.shape[0])
-    return LabelledScene(pair, image, labels, norm, classes)
+    return labels
