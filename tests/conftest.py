@@ -3,6 +3,11 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A deadline times the machine, not the code: a first call imports and warms up, a busy machine is slow.
+settings.register_profile("bigvision", deadline=None)
+settings.load_profile("bigvision")
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 """Dynamic parameters: expert weights mixed for each input, then one layer instead of E.
 
 Yang et al. 2019, "CondConv: Conditionally Parameterized Convolutions for Efficient Inference". A linear
-layer is linear in its weights, so mixing weights equals mixing the outputs of all experts (soft, k = n) at the
-cost of one.
+layer is linear in its weights, so mixing weights equals mixing the outputs of all experts (soft, k = n) at
+the cost of one.
 
 Legend: B inputs, E experts, I and O channels, h and w of the kernel, H and W of the image.
 """

@@ -27,7 +27,8 @@ def linear_scores(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     """X W^T (+ b) of x [T, D] and weight [E, D], in float32 also under autocast; logits [T, E]."""
     _check_features(x, weight.shape[1])
     with torch.autocast(x.device.type, enabled=False):
-        return functional.linear(_wide(x), weight.to(_wide(x).dtype), bias)
+        rows = _wide(x)
+        return functional.linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
 
 
 def cosine_scores(x: Tensor, weight: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
