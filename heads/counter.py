@@ -57,12 +57,16 @@ def normal_rows(seed: int, ids: Tensor, dim: int, std: float, dtype: torch.dtype
     The sum of the four bytes of a hash (Irwin-Hall, n = 4): no transcendental function, so the same bits everywhere.
     """
     first, second = row_keys(seed, STREAM_INIT, 0, ids)
-    columns = torch.arange(dim, dtype=torch.int32, device=ids.device)
+    return spread_normal(first, second, dim, std, dtype)
+
+
+def spread_normal(first: Tensor, second: Tensor, dim: int, std: float, dtype: torch.dtype) -> Tensor:
+    """The rows [K, D] of two keys each, int32 [K]; see `normal_rows`."""
+    columns = torch.arange(dim, dtype=torch.int32, device=first.device)
     bits = mix32(row_noise(first, columns) ^ second[:, None])
     total = (bits & 255) + ((bits >> 8) & 255) + ((bits >> 16) & 255) + ((bits >> 24) & 255)
-    return (
-        (total.to(torch.float64 if dtype == torch.float64 else torch.float32) - 510.0) * (std / 147.8005)
-    ).to(dtype)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    return ((total.to(acc) - 510.0) * (std / 147.8005)).to(dtype)
 
 
 def round_stochastically(x: Tensor, noise: Tensor) -> Tensor:

@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heads import kernels
 from heads.adaptive import AdaptiveMargin
 from heads.collectives import Ranks, gather_batch
-from heads.counter import STREAM_ROUNDING, normal_rows, row_keys
+from heads.counter import STREAM_ROUNDING, row_keys
 from heads.gates import GateSpec
 from heads.idle import StepHistory
 from heads.kernel_choice import choose_kernels
 from heads.margin import Margin
-from heads.optimizers import FusedSteps, RowOptimizer
-from heads.partition import class_range
+from heads.host_rows import HostRows
+from heads.mapped_rows import MappedRows
+from heads.optimizers import SGD, FusedSteps, RowOptimizer
+from heads.partition import ClassRange, class_range
 from heads.passes import Pass, backward_pass, forward_pass
-from heads.shard import ActiveRows, Shard, TileGradient
-from heads.stores import DeviceRows, Rows
+from heads.shard import Shard, TileGradient
+from heads.stores import DeviceRows, Rows, RowStore
 
 STORAGE = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -60,6 +61,8 @@ class ShardedMarginHead(nn.Module):
         seed: of the initial centres, the sampling and the rounding, all functions of (seed, step, class id).
         tile: K, classes at a time.
         init_std: standard deviation of the initial centres.
+        place: "device"; "host", with a cache of `host_cache` hot rows on the device; or a folder for memory-mapped
+            files, which may be larger than RAM.
         compiled: fuse the elementwise passes with torch.compile; eager, with a warning, where that doesn't work.
         device: where the work is done.
 
@@ -82,6 +85,7 @@ class ShardedMarginHead(nn.Module):
         seed: int = 0,
         tile: int = 4096,
         init_std: float = 0.01,
+        host_cache: int = 1 << 18,
         compiled: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -91,32 +95,23 @@ class ShardedMarginHead(nn.Module):
         _check_settings(self.margin, dim, scale, storage, normalized, tile, optimizer, place)
         self.num_classes, self.dim, self.scale, self.seed = num_classes, dim, scale, seed
         self.rule, self.active = optimizer, active
+        where = torch.device(device)
+        settings = torch.tensor([num_classes, dim, seed], device=where)
+        self.ranks.agree("(num_classes, dim, seed)", settings)
         classes = class_range(num_classes, self.ranks.rank, self.ranks.size)
-        self.ranks.agree("(num_classes, dim, seed)", torch.tensor([num_classes, dim, seed], device=device))
-        dtype, where = STORAGE[storage], torch.device(device)
+        dtype = STORAGE[storage]
         acc = torch.float64 if dtype == torch.float64 else torch.float32
         wide = ("weight", *(optimizer.wide if optimizer else ()))
-        store = DeviceRows(wide, (len(classes), dim), dtype, where)
         narrow = {
             name: torch.zeros(len(classes), dtype=kind or acc, device=where)
             for name, kind in (optimizer.narrow if optimizer else {}).items()
         }
-        self.shard = Shard(
-            classes,
-            store,
-            dtype,
-            torch.ones(len(classes), dtype=acc, device=where),
-            narrow,
-            scale,
-            normalized,
-            tile,
-            choose_kernels(compiled, where),
-            seed,
-        )
-        if optimizer is not None and optimizer.dense:
-            self.shard.history = StepHistory(
-                getattr(optimizer, "momentum", 0.0), getattr(optimizer, "weight_decay", 0.0)
-            )
+        store = _store(place, wide, classes, dim, dtype, where, host_cache)
+        inverse_norm = torch.ones(len(classes), dtype=acc, device=where)
+        chosen = choose_kernels(compiled, where)
+        self.shard = Shard(classes, store, dtype, inverse_norm, narrow, scale, normalized, tile, chosen, seed)
+        if isinstance(optimizer, SGD) and optimizer.dense:
+            self.shard.history = StepHistory(optimizer.momentum, optimizer.weight_decay)
             self.shard.last_step = torch.zeros(len(classes), dtype=torch.int32, device=where)
         self.step = 0
         self.skipped = 0
@@ -136,10 +131,9 @@ class ShardedMarginHead(nn.Module):
         shard = self.shard
         for low in range(0, len(shard.classes), shard.tile):
             rows = slice(low, min(low + shard.tile, len(shard.classes)))
-            columns = shard.store.load(rows, ("weight",))
-            columns["weight"].copy_(normal_rows(self.seed, shard.ids(rows), self.dim, std, shard.dtype))
-            shard.store.store(rows, columns)
-            shard.inverse_norm[rows] = kernels.inverse_norms(columns["weight"], shard.acc)
+            w = shard.kernels.normal_rows(self.seed, shard.ids(rows), self.dim, std, shard.dtype)
+            shard.store.store(rows, {"weight": w})
+            shard.inverse_norm[rows] = shard.kernels.inverse_norms(w, shard.acc)
 
     @property
     def lr(self) -> float:
@@ -182,7 +176,11 @@ class ShardedMarginHead(nn.Module):
         if self.weight is not None:
             self._follow_parameter()
         gate = self.gate if self.training else None
-        return forward_pass(self.shard, self.ranks, self.margin, gate, batch, self.step, self._version)
+        loss, done = forward_pass(self.shard, self.ranks, self.margin, gate, batch, self.step, self._version)
+        wanted = None if gate is None else gate.expected(self.step + 1)
+        if wanted is not None:
+            self.shard.store.prefetch(wanted)
+        return loss, done
 
     def _follow_parameter(self) -> None:
         """The norms of centres that somebody else's optimiser moves."""
@@ -190,7 +188,7 @@ class ShardedMarginHead(nn.Module):
         for low in range(0, len(shard.classes), shard.tile):
             rows = slice(low, min(low + shard.tile, len(shard.classes)))
             w = shard.store.load(rows, ("weight",))["weight"].detach()
-            shard.inverse_norm[rows] = kernels.inverse_norms(w, shard.acc)
+            shard.inverse_norm[rows] = shard.kernels.inverse_norms(w, shard.acc)
 
     def _run_backward(self, done: Pass, loss: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients of the features [b, D] and, where it is a parameter, of the weight [n, D]."""
@@ -273,6 +271,23 @@ def _check_settings(
         raise ValueError(f"a margin needs cosines: normalized=False takes none, got {margin}")
     if optimizer is None and place != "device":
         raise ValueError(f"an ordinary parameter lives on the device, got place={str(place)!r}")
+
+
+def _store(
+    place: str | Path,
+    names: tuple[str, ...],
+    classes: ClassRange,
+    dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    host_cache: int,
+) -> RowStore:
+    shape = (len(classes), dim)
+    if place == "device":
+        return DeviceRows(names, shape, dtype, device)
+    if place == "host":
+        return HostRows(names, shape, dtype, device, host_cache)
+    return MappedRows(names, shape, dtype, device, Path(place), classes.rank, classes.size)
 
 
 class _ShardedSoftmax(torch.autograd.Function):

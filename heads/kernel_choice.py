@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from heads import kernels
+from heads import counter, kernels
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class Kernels:
     max_sum_exp: Callable[..., Any] = kernels.max_sum_exp
     softmax_gradient_: Callable[..., Any] = kernels.softmax_gradient_
     update_tile_: Callable[..., Any] = kernels.update_tile_
+    inverse_norms: Callable[..., Any] = kernels.inverse_norms
+    normal_rows: Callable[..., Any] = counter.normal_rows
     compiled: bool = False
 
 
@@ -39,10 +42,21 @@ def choose_kernels(compiled: bool, device: torch.device) -> Kernels:
             stacklevel=2,
         )
         return Kernels()
-    return Kernels(
-        torch.compile(kernels.sum_exp, dynamic=True),
-        torch.compile(kernels.max_sum_exp, dynamic=True),
-        torch.compile(kernels.softmax_gradient_, dynamic=True),
-        torch.compile(kernels.update_tile_, dynamic=True),
-        compiled=True,
-    )
+    fused = {
+        name: torch.compile(getattr(Kernels, name), dynamic=True)
+        for name in Kernels.__dataclass_fields__
+        if name not in ("compiled", "normal_rows")
+    }
+    return Kernels(**fused, normal_rows=_fused_normal_rows(), compiled=True)
+
+
+def _fused_normal_rows() -> Callable[..., Any]:
+    """The keys of the rows are few: only what is done to every element is compiled."""
+    spread = torch.compile(counter.spread_normal, dynamic=True)
+
+    def normal_rows(seed: int, ids: Tensor, dim: int, std: float, dtype: torch.dtype) -> Tensor:
+        first, second = counter.row_keys(seed, counter.STREAM_INIT, 0, ids)
+        rows: Tensor = spread(first, second, dim, std, dtype)
+        return rows
+
+    return normal_rows

@@ -6,7 +6,7 @@ contiguous tile on the device is a view, so storing it costs nothing.
 Legend: n classes of this shard, K rows of a tile, D dimension.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -21,23 +21,23 @@ class RowStore(Protocol):
     names: tuple[str, ...]
 
     def load(self, rows: Rows, names: Sequence[str]) -> dict[str, Tensor]:
-        """The rows of the named columns, [K, D] each. Overwritten by the next load, and only valid until then."""
+        """The rows of the named columns, [K, D] each on the device; valid until the next load."""
         ...
 
-    def store(self, rows: Rows, values: dict[str, Tensor]) -> None:
-        """Puts back what `load` gave, changed."""
-        ...
-
-    def whole(self, name: str) -> Tensor:
-        """The column [n, D] as a tensor that checkpoints can read and write (a view wherever that is possible)."""
+    def store(self, rows: Rows, values: Mapping[str, Tensor]) -> None:
+        """Puts rows back, changed. `values` may be what `load` gave or new tensors."""
         ...
 
     def prefetch(self, rows: Rows) -> None:
-        """Says which rows are wanted next. May do nothing."""
+        """Says which rows are wanted soon. May do nothing."""
         ...
 
-    def flush(self) -> None:
-        """Makes `whole` and what lies below it current."""
+    def whole(self, name: str) -> Tensor:
+        """The column [n, D], made current, in the memory it lives in: checkpoints read and write it."""
+        ...
+
+    def reload(self) -> None:
+        """Somebody has written into `whole`: forget what was cached of it."""
         ...
 
 
@@ -52,30 +52,38 @@ class DeviceRows:
         self._spare: dict[str, Tensor] = {}
 
     def load(self, rows: Rows, names: Sequence[str]) -> dict[str, Tensor]:
+        """See `RowStore.load`."""
         if isinstance(rows, slice):
             return {name: self._columns[name][rows] for name in names}
-        return {name: self._gather(name, rows) for name in names}
+        return {name: gather(self._columns[name], rows, self._spare, name) for name in names}
 
-    def _gather(self, name: str, rows: Tensor) -> Tensor:
-        column = self._columns[name]
-        spare = self._spare.get(name)
-        if spare is None or len(spare) < len(rows):
-            spare = self._spare[name] = column.new_empty(len(rows), column.shape[1])
-        return torch.index_select(column, 0, rows, out=spare[: len(rows)])
-
-    def store(self, rows: Rows, values: dict[str, Tensor]) -> None:
+    def store(self, rows: Rows, values: Mapping[str, Tensor]) -> None:
+        """See `RowStore.store`."""
         for name, value in values.items():
-            column = self._columns[name]
-            if not isinstance(rows, slice):
-                column.index_copy_(0, rows, value)
-            elif value.data_ptr() != column[rows].data_ptr():
-                column[rows] = value
-
-    def whole(self, name: str) -> Tensor:
-        return self._columns[name]
+            scatter(self._columns[name], rows, value)
 
     def prefetch(self, rows: Rows) -> None:
         """Nothing to do: the rows are here."""
 
-    def flush(self) -> None:
-        """Nothing to do: the rows are here."""
+    def whole(self, name: str) -> Tensor:
+        """See `RowStore.whole`."""
+        return self._columns[name]
+
+    def reload(self) -> None:
+        """Nothing to do: nothing is cached."""
+
+
+def gather(column: Tensor, rows: Tensor, spare: dict[str, Tensor], name: str) -> Tensor:
+    """column[rows] in a buffer kept in `spare`, which is valid until it is asked for again."""
+    buffer = spare.get(name)
+    if buffer is None or len(buffer) < len(rows):
+        buffer = spare[name] = column.new_empty(len(rows), column.shape[1])
+    return torch.index_select(column, 0, rows, out=buffer[: len(rows)])
+
+
+def scatter(column: Tensor, rows: Rows, value: Tensor) -> None:
+    """column[rows] = value, for nothing where value is that very memory."""
+    if not isinstance(rows, slice):
+        column.index_copy_(0, rows, value)
+    elif value.data_ptr() != column[rows].data_ptr():
+        column[rows] = value
