@@ -135,10 +135,10 @@ def _window_around(geometries: tuple[Geometry, ...], profile: Profile) -> Window
         multi = geometry["type"] == "MultiPolygon"
         for polygon in geometry["coordinates"] if multi else [geometry["coordinates"]]:
             corners += [(~profile.transform) * (point[0], point[1]) for point in polygon[0]]
-    # 1e-6 of a pixel: edges that lie on pixel edges stay there in spite of rounding.
+    # A thousandth of a pixel: edges that lie on pixel edges stay there in spite of rounding and bending.
     columns, rows = np.asarray(corners).T
-    left, right = max(0, np.floor(columns.min() + 1e-6)), min(profile.shape[2], np.ceil(columns.max() - 1e-6))
-    top, bottom = max(0, np.floor(rows.min() + 1e-6)), min(profile.shape[1], np.ceil(rows.max() - 1e-6))
+    left, right = max(0, np.floor(columns.min() + 1e-3)), min(profile.shape[2], np.ceil(columns.max() - 1e-3))
+    top, bottom = max(0, np.floor(rows.min() + 1e-3)), min(profile.shape[1], np.ceil(rows.max() - 1e-3))
     if left >= right or top >= bottom:
         return None
     return Window(int(left), int(top), int(right - left), int(bottom - top))

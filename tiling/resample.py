@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from affine import Affine
@@ -13,6 +14,7 @@ from tiling.gdal_source import Target
 from tiling.source import Array, Handle, Profile, Source
 
 _ANY_CRS = CRS.from_epsg(3857)
+_OPAQUE = 255
 
 
 @dataclass(frozen=True)
@@ -83,20 +85,24 @@ class ResampledHandle:
         valid = self.inner.valid(around, bands, data)
         here = self.source.target.transform * Affine.translation(window.col_off, window.row_off)
         there = profile.transform * Affine.translation(around.col_off, around.row_off)
+        kind = _warped_dtype(profile.dtype)
         for band in range(len(bands)):
-            # Masked pixels take no part: GDAL's warper knows them by the mask's own alpha.
-            target = np.ma.MaskedArray(np.empty(shape[1:], profile.dtype), mask=False)
+            # The second band is alpha: missing pixels take no part, and the result tells where none had data.
+            pair = np.stack([data[band], np.where(valid[band], _OPAQUE, 0)]).astype(kind)
+            warped = np.zeros((2, *shape[1:]), kind)
             reproject(
-                np.ma.MaskedArray(data[band], mask=~valid[band]),
-                target,
+                pair,
+                warped,
                 src_transform=there,
                 src_crs=_ANY_CRS,
                 dst_transform=here,
                 dst_crs=_ANY_CRS,
+                src_alpha=2,
+                dst_alpha=2,
                 resampling=self.source.target.resampling,
             )
-            shown[band] = ~np.ma.getmaskarray(target)
-            out[band][shown[band]] = target.data[shown[band]]
+            shown[band] = warped[1] > 0
+            out[band][shown[band]] = warped[0][shown[band]].astype(profile.dtype)
         return out, shown
 
     def _inner_window(self, window: Window) -> Window:
@@ -109,3 +115,10 @@ class ResampledHandle:
         left, right = max(0, int(x0 - reach_x)), min(profile.shape[2], int(x1 + reach_x) + 1)
         top, bottom = max(0, int(y0 - reach_y)), min(profile.shape[1], int(y1 + reach_y) + 1)
         return Window(left, top, max(0, right - left), max(0, bottom - top))
+
+
+def _warped_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """A type that GDAL can warp and that holds an opaque alpha."""
+    if dtype.kind == "b" or dtype == np.int8:
+        return np.dtype("int16")
+    return np.dtype("float64") if dtype.kind in "iu" and dtype.itemsize == 8 else dtype

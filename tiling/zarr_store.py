@@ -122,7 +122,9 @@ class ZarrWriter:
 
         if tags:
             described = describe(replace(self.profile, tags={**self.profile.tags, **tags}))
-            _open_group(self.staging).attrs.update(described)
+            group = _open_group(self.staging)
+            for node in (group, group["0"]):
+                node.attrs.update(described)
         if pyramid is not None:
             build_pyramid(self.staging, method=pyramid, progress=progress)
         publish(self.staging, self.path)

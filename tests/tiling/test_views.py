@@ -1,0 +1,222 @@
+"""Stacks, resolutions and areas of interest."""
+
+import json
+
+import numpy as np
+import pytest
+import rasterio
+from affine import Affine
+from rasterio.transform import from_origin
+from rasterio.warp import transform_geom
+from rasterio.windows import Window
+
+from tiling import RasterError, open_raster, to_zarr
+
+UTM = "EPSG:32633"
+
+
+def box(left: float, bottom: float, right: float, top: float) -> dict:
+    ring = [[left, bottom], [right, bottom], [right, top], [left, top], [left, bottom]]
+    return {"type": "Polygon", "coordinates": [ring]}
+
+
+def in_degrees(geometry: dict) -> dict:
+    return transform_geom(UTM, "EPSG:4326", geometry)
+
+
+# --- stacks -----------------------------------------------------------------------------------------------
+
+
+def test_single_band_files_on_one_grid_are_stacked(write_tif, noise) -> None:
+    data = noise(4)
+    paths = [write_tif(data[i : i + 1], f"b0{i}.tif", nodata=0) for i in range(4)]
+    raster = open_raster(paths)
+    assert raster.shape == (4, 70, 90) and raster.band_names == ("b00", "b01", "b02", "b03")
+    assert np.array_equal(raster.read(), data) and np.array_equal(raster.read(bands=[3, "b00"]), data[[2, 0]])
+    assert np.array_equal(open_raster(paths, bands=["b03", 1]).read(), data[[3, 0]])
+    assert np.array_equal(raster[1:3, 5:9], data[1:3, 5:9])
+
+
+def test_coarser_bands_come_to_the_finest_grid(write_tif, noise) -> None:
+    fine, coarse = noise(1, 60, 80), noise(1, 30, 40)
+    paths = [
+        write_tif(coarse, "b11.tif", transform=from_origin(500_000, 5_000_000, 20, 20)),
+        write_tif(fine, "b02.tif"),
+    ]
+    raster = open_raster(paths)
+    assert raster.shape == (2, 60, 80) and raster.transform.a == 10
+    assert np.array_equal(raster.read()[1], fine[0])
+    assert np.array_equal(raster.read()[0], coarse[0].repeat(2, axis=0).repeat(2, axis=1))
+    window = Window(13, 7, 20, 30)
+    assert np.array_equal(raster.read(window), raster.read()[:, *window.toslices()])
+
+
+def test_dtypes_of_a_stack_are_promoted_and_missing_extent_is_masked(write_tif, noise) -> None:
+    whole, half = noise(1, 40, 40), noise(1, 40, 20, "uint16")
+    raster = open_raster([write_tif(whole, "a.tif"), write_tif(half, "b.tif")])
+    assert raster.dtype == np.uint16 and raster.shape == (2, 40, 40)
+    masked = raster.read(masked=True)
+    assert np.array_equal(masked.mask[1], np.arange(40)[None].repeat(40, axis=0) >= 20)
+    assert not masked.mask[0].any() and raster.mask().all()
+    assert np.array_equal(masked.data[1][:, :20], half[0])
+
+
+def test_a_file_without_crs_cannot_be_stacked_with_one_that_has(write_tif, noise) -> None:
+    with pytest.raises(RasterError, match=r"a\.tif.*b\.tif.*CRS"):
+        open_raster([write_tif(noise(1), "a.tif"), write_tif(noise(1, 35, 45), "b.tif", crs=None)])
+
+
+# --- resolution -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tif", "zarr"])
+def test_average_to_half_the_resolution(write_tif, noise, tmp_path, kind: str) -> None:
+    data = noise(2, 64, 96, "float32")
+    path = write_tif(data)
+    path = to_zarr(open_raster(path), tmp_path / "s.zarr").name if kind == "zarr" else path
+    raster = open_raster(path, resolution=20, resampling="average")
+    assert raster.shape == (2, 32, 48) and raster.transform == Affine(20, 0, 500_000, 0, -20, 5_000_000)
+    expected = data.reshape(2, 32, 2, 48, 2).mean(axis=(2, 4))
+    np.testing.assert_allclose(raster.read(), expected, rtol=1e-5)
+    window = Window(11, 5, 20, 13)
+    np.testing.assert_allclose(raster.read(window), expected[:, *window.toslices()], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["tif", "zarr"])
+@pytest.mark.parametrize("resampling", ["nearest", "bilinear", "cubic"])
+def test_windows_of_a_resampled_raster_fit_together(
+    write_tif, noise, tmp_path, kind: str, resampling: str
+) -> None:
+    path = write_tif(noise(1, 50, 70, "float64"))
+    path = to_zarr(open_raster(path), tmp_path / "s.zarr").name if kind == "zarr" else path
+    raster = open_raster(path, resolution=(6.5, 7), resampling=resampling)
+    assert raster.shape == (1, 72, 108)  # 500 m / 7 and 700 m / 6.5, rounded up
+    whole = raster.read()
+    for window in (Window(0, 0, 30, 72), Window(29, 31, 50, 20), Window(100, 60, 8, 12)):
+        np.testing.assert_allclose(raster.read(window), whole[:, *window.toslices()], rtol=1e-6)
+
+
+@pytest.mark.parametrize("resampling", ["nearest", "bilinear"])
+def test_zarr_and_tiff_resample_alike(write_tif, noise, tmp_path, resampling: str) -> None:
+    path = write_tif(noise(1, 50, 70, "float32"), nodata=-1.0)
+    store = to_zarr(open_raster(path), tmp_path / "s.zarr")
+    options = {"resolution": 4.0, "resampling": resampling}
+    tiff, zarr = open_raster(path, **options), open_raster(store.name, **options)
+    inner = (slice(None), slice(4, -4), slice(4, -4))
+    np.testing.assert_allclose(tiff.read()[inner], zarr.read()[inner], rtol=1e-4)
+    assert np.array_equal(tiff.mask()[4:-4, 4:-4], zarr.mask()[4:-4, 4:-4])
+
+
+def test_resampling_keeps_nodata_apart(write_tif, noise) -> None:
+    data = noise(1, 40, 40)
+    data[:, :, :20] = 0
+    raster = open_raster(write_tif(data, nodata=0), resolution=20, resampling="average")
+    assert raster.nodata == 0
+    assert np.array_equal(raster.mask(), np.arange(20)[None].repeat(20, axis=0) >= 10)
+
+
+def test_rasters_without_crs_or_turned_on_end_are_resampled_too(write_tif, noise) -> None:
+    data = noise(1, 40, 60)
+    plain = open_raster(write_tif(data, crs=None), resolution=20)
+    assert plain.shape == (1, 20, 30) and plain.crs is None and plain.read().any()
+    up = open_raster(write_tif(data, transform=Affine(10, 0, 5e5, 0, 10, 5e6)), resolution=5)
+    assert up.shape == (1, 80, 120) and up.transform.e == 5
+    assert np.array_equal(up.read(), data.repeat(2, axis=1).repeat(2, axis=2))
+
+
+def test_the_same_resolution_changes_nothing(write_tif, noise) -> None:
+    data = noise()
+    assert np.array_equal(open_raster(write_tif(data), resolution=10).read(), data)
+
+
+# --- area of interest -------------------------------------------------------------------------------------
+
+
+def test_an_area_in_degrees_clips_to_the_pixels_it_covers(write_tif, noise) -> None:
+    data = noise(2)
+    geometry = in_degrees(box(500_103, 4_999_503, 500_296, 4_999_896))
+    raster = open_raster(write_tif(data), aoi=geometry)
+    assert raster.shape == (2, 40, 20)  # rows 10 to 50, columns 10 to 30
+    assert raster.transform == Affine(10, 0, 500_100, 0, -10, 4_999_900)
+    assert np.array_equal(raster.read(), data[:, 10:50, 10:30]) and np.array_equal(
+        raster[0, 3], data[0, 13, 10:30]
+    )
+    assert raster.mask().all() and raster.has_mask
+
+
+def test_pixels_whose_centre_lies_outside_are_masked(write_tif, noise) -> None:
+    corner = {
+        "type": "Polygon",
+        "coordinates": [[[500_000, 4_999_600], [500_400, 4_999_600], [500_000, 5_000_000]]],
+    }
+    corner["coordinates"][0].append(corner["coordinates"][0][0])
+    raster = open_raster(write_tif(noise(), nodata=0), aoi=in_degrees(corner))
+    x, y = np.meshgrid(np.arange(raster.width) + 0.5, np.arange(raster.height) + 0.5)
+    mask, edge = raster.mask(), np.abs(x - y) < 1  # centres on the very diagonal may fall on either side
+    assert raster.shape[1:] == (40, 40) and np.array_equal(mask[~edge], (x < y)[~edge])
+    window = Window(5, 7, 20, 13)
+    assert np.array_equal(raster.mask(window), mask[window.toslices()])
+    assert np.array_equal(np.ma.getmaskarray(raster.read(window, masked=True))[0], ~mask[window.toslices()])
+
+
+def test_areas_come_as_files_text_features_collections_and_other_crs(write_tif, noise, tmp_path) -> None:
+    path, utm = write_tif(noise()), box(500_100, 4_999_500, 500_300, 4_999_900)
+    geometry = in_degrees(utm)
+    feature = {"type": "Feature", "properties": {}, "geometry": geometry}
+    collection = {"type": "FeatureCollection", "features": [feature]}
+    file = tmp_path / "area.geojson"
+    file.write_text(json.dumps(collection))
+    named = utm | {"crs": {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::32633"}}}
+    group = {"type": "GeometryCollection", "geometries": [geometry]}
+    multi = {"type": "MultiPolygon", "coordinates": [geometry["coordinates"]]}
+    for aoi in (geometry, feature, collection, file, str(file), json.dumps(feature), named, group, multi):
+        assert open_raster(path, aoi=aoi).shape == (3, 40, 20)
+
+
+def test_area_and_resolution_together_on_zarr(write_tif, noise, tmp_path) -> None:
+    store = to_zarr(open_raster(write_tif(noise(1, 80, 80))), tmp_path / "s.zarr")
+    raster = open_raster(
+        store.name, resolution=20, aoi=in_degrees(box(500_100, 4_999_500, 500_300, 4_999_900))
+    )
+    assert raster.shape == (1, 20, 10) and raster.bounds == (500_100, 4_999_500, 500_300, 4_999_900)
+    assert np.array_equal(raster.read(), open_raster(store.name, resolution=20)[:, 5:25, 5:15])
+
+
+@pytest.mark.parametrize(
+    ("aoi", "message"),
+    [
+        (box(0, 0, 1, 1), "doesn't meet the raster"),
+        ({"type": "Point", "coordinates": [0, 0]}, "polygons, not of 'Point'"),
+        ({"type": "FeatureCollection", "features": []}, "no polygon"),
+        ('{"type": "Polygon", ', "not GeoJSON"),
+        ("missing.geojson", r"missing\.geojson: can't read"),
+        (box(0, 0, 1, 1) | {"crs": {"properties": {"name": "EPSG:0"}}}, "unknown CRS 'EPSG:0'"),
+    ],
+)
+def test_areas_that_make_no_sense_are_refused(write_tif, noise, aoi: dict | str, message: str) -> None:
+    with pytest.raises(RasterError, match=message):
+        open_raster(write_tif(noise()), aoi=aoi)
+
+
+def test_an_area_needs_a_crs_to_be_placed(write_tif, noise) -> None:
+    with pytest.raises(RasterError, match=r"scene\.tif: has no CRS"):
+        open_raster(write_tif(noise(), crs=None), aoi=box(0, 0, 1, 1))
+
+
+# --- real files -------------------------------------------------------------------------------------------
+
+
+def test_real_files_read_as_rasterio_reads_them(shared_data) -> None:
+    for path in sorted((shared_data / "rasters").glob("*.tif")):
+        raster = open_raster(path)
+        window = Window(raster.width // 3, raster.height // 3, 200, 150)
+        with rasterio.open(path) as file:
+            assert raster.shape == (file.count, file.height, file.width) and raster.crs == file.crs
+            assert np.array_equal(raster.read(window), file.read(window=window))
+            assert np.array_equal(raster.mask(window), file.dataset_mask(window=window) > 0)
+
+
+def test_all_naip_dates_stack_on_one_grid(shared_data) -> None:
+    paths = sorted((shared_data / "rasters" / "naip").glob("*.tif"))
+    raster = open_raster(paths, resampling="bilinear")
+    assert raster.shape[0] == 4 * len(paths) and raster.read(Window(100, 100, 50, 50)).min() > 0
