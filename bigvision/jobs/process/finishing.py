@@ -1,0 +1,24 @@
+"""From the finished pixels to the result under its final name."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from bigvision.jobs.process.ledger import Ledger
+from tiling import ZarrWriter, to_cog
+from tiling.publish import discard
+
+Fraction = Callable[[float], object]
+
+
+def finish(
+    ledger: Ledger, writer: ZarrWriter, target: Path, tags: dict[str, str], progress: Fraction
+) -> None:
+    """Complete the result and give it its name at once; what was begun by an interrupted run is made anew."""
+    for begun in ledger.folder.glob(f"*{ledger.draft.name}*"):
+        discard(begun)
+    if target.suffix == ".zarr":
+        writer.publish(tags=tags, progress=lambda done, total: progress(done / total))
+        return
+    kept = writer.profile
+    to_cog(writer.raster(), ledger.draft, colormap=kept.colormap, tags=tags, threads=2, progress=progress)
+    ledger.draft.replace(target)

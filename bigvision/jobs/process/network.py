@@ -1,0 +1,138 @@
+"""The network, ready to run: loaded, checked, folded, in its type and memory layout.
+
+Legend: C bands in, K channels out, H and W rows and columns.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bigvision.jobs.process.folding import fold_batch_norms
+from bigvision.jobs.process.options import Options
+from bigvision.models.spec import first_line, load_model
+
+_TRIAL = 128  # rows and columns of the image that a network is tried on: the usual strides divide it
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """What it takes to build the same network in any process."""
+
+    model: str
+    weights: Path | None
+    trust: bool
+    channels: int
+    dtype: str = "float32"
+    compile: bool = False
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A module in its final form.
+
+    classes: K. state: hash of its parameters and buffers as loaded; architecture: of how it prints itself.
+    """
+
+    module: nn.Module
+    classes: int
+    dtype: torch.dtype
+    device: str
+    state: str
+    architecture: str
+
+    @torch.inference_mode()
+    def __call__(self, image: Tensor) -> Tensor:
+        """Logits [K, H, W] of an image float32 [C, H, W]; ValueError for an output of another size."""
+        prepared = image[None].to(self.device, self.dtype, memory_format=torch.channels_last)
+        logits = _tensor(self.module(prepared))
+        if logits.shape != (1, self.classes, *image.shape[1:]):
+            raise ValueError(
+                f"the model turns {tuple(image.shape)} pixels into {tuple(logits.shape)}, "
+                f"expected {(1, self.classes, *image.shape[1:])}"
+            )
+        return logits[0]
+
+
+@lru_cache(maxsize=2)
+def load_network(spec: NetworkSpec) -> Network:
+    """Build a network here (the last two are kept); ValueError where model and bands don't go together."""
+    module = load_model(spec.model, spec.weights, trust=spec.trust)
+    state, architecture = state_hash(module), hashlib.sha256(repr(module).encode()).hexdigest()
+    classes = _try_out(module, spec.model, spec.channels)
+    if not spec.model.partition("?")[0].endswith(".pt2"):
+        fold_batch_norms(module, _example(spec.channels))
+    dtype = getattr(torch, spec.dtype)
+    module.to(device=spec.device, dtype=dtype)
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if spec.compile:
+        module.compile(dynamic=False)
+    return Network(module, classes, dtype, spec.device, state, architecture)
+
+
+def network_spec(options: Options, channels: int, dtype: str = "float32") -> NetworkSpec:
+    """The network that the options name, for scenes of `channels` bands."""
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA device is available here")
+    return NetworkSpec(
+        options.model, options.weights, options.trust_model, channels, dtype, options.compile, device
+    )
+
+
+def state_hash(module: nn.Module) -> str:
+    """SHA-256 over the names, types and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, Tensor):
+            flat = tensor.detach().cpu().contiguous()
+            digest.update(f"{name} {flat.dtype} {tuple(flat.shape)}".encode())
+            digest.update(flat.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@torch.inference_mode()
+def _try_out(module: nn.Module, name: str, channels: int) -> int:
+    """K, from one small image; ValueError for another band count, a failing forward, an unusable output."""
+    seen: list[int] = []
+    hooks = [
+        conv.register_forward_pre_hook(lambda conv, _: seen.append(conv.in_channels))
+        for conv in module.modules()
+        if isinstance(conv, nn.Conv2d)
+    ]
+    try:
+        output = module(_example(channels))
+    except Exception as error:
+        if seen and seen[0] != channels:
+            raise ValueError(
+                f"model {name} takes {seen[0]} bands, the scene has {channels} (--bands chooses)"
+            ) from error
+        raise ValueError(
+            f"model {name} fails on {channels} x {_TRIAL} x {_TRIAL}: {first_line(error)}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if isinstance(output, dict):
+        output = output.get("out")
+    if not isinstance(output, Tensor) or output.ndim != 4 or output.shape[-2:] != (_TRIAL, _TRIAL):
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"model {name} turns 1 x {channels} x {_TRIAL} x {_TRIAL} into {got}: "
+            "an output of the image's height and width is needed"
+        )
+    return output.shape[1]
+
+
+def _example(channels: int) -> Tensor:
+    return torch.randn((1, channels, _TRIAL, _TRIAL), generator=torch.Generator().manual_seed(0))
+
+
+def _tensor(output: Tensor | dict[str, Tensor]) -> Tensor:
+    return output["out"] if isinstance(output, dict) else output

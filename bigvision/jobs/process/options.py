@@ -1,0 +1,87 @@
+"""What the user asked of `bigvision process`, checked before any work starts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 2**10, "m": 2**20, "g": 2**30}
+_CHOICES = {
+    "output": ("classes", "probabilities", "logits"),
+    "format": ("cog", "zarr"),
+    "engine": ("auto", "tiles"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "device": ("auto", "cpu", "cuda"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """One command's wishes. Pixels x enter the network as (x / scale - mean) / std; missing ones as 0."""
+
+    model: str
+    weights: Path | None = None
+    trust_model: bool = False
+    bands: tuple[int, ...] | None = None
+    stack: bool = False
+    resolution: float | None = None
+    aoi: Path | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    scale: float = 1.0
+    output: str = "classes"
+    threshold: float = 0.5
+    format: str = "cog"
+    engine: str = "auto"
+    tile: int | None = None
+    halo: int | None = None
+    memory: str = "4GiB"
+    compile: bool = False
+    dtype: str = "auto"
+    min_agreement: float = 0.999
+    device: str = "auto"
+    workers: int | None = None
+    scheduler: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name} {getattr(self, name)!r} is none of {', '.join(known)}")
+        for name, least in (("tile", 1), ("halo", 0), ("workers", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}")
+        if self.scale == 0 or (self.std is not None and 0 in self.std):
+            raise ValueError(f"--scale and --std divide and can't be 0, got {self.scale} and {self.std}")
+        for name in ("threshold", "min_agreement"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name.replace('_', '-')} is between 0 and 1, got {getattr(self, name)}")
+        if self.resolution is not None and not self.resolution > 0:
+            raise ValueError(f"--resolution must be positive, got {self.resolution}")
+        if self.workers is not None and self.scheduler is not None:
+            raise ValueError("--workers starts a cluster here and --scheduler uses another: give one of them")
+        parse_bytes(self.memory)
+
+    @property
+    def suffix(self) -> Literal[".tif", ".zarr"]:
+        """Of the results' names."""
+        return ".zarr" if self.format == "zarr" else ".tif"
+
+    @property
+    def memory_bytes(self) -> int:
+        """`memory` in bytes."""
+        return parse_bytes(self.memory)
+
+
+def parse_bytes(text: str) -> int:
+    """`4GiB`, `500 MB` or `1e9` in bytes; ValueError where it is no positive size."""
+    digits = text.strip().rstrip("".join(set("".join(_UNITS))) + "KMGTIB ").strip()
+    unit = text.strip()[len(digits) :].strip().lower()
+    try:
+        size = int(float(digits) * _UNITS[unit])
+    except (KeyError, ValueError):
+        raise ValueError(f"--memory {text!r} is not a size such as 4GiB or 500MB") from None
+    if size <= 0:
+        raise ValueError(f"--memory must be positive, got {text!r}")
+    return size

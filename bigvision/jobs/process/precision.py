@@ -1,0 +1,106 @@
+"""Whether a network may run in bfloat16 on a scene: only where its classes stay what they are in float32.
+
+Legend: C bands, K logits, h and w rows and columns of a region.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rasterio.windows import Window
+from torch import Tensor
+
+from bigvision.jobs.process.network import Network, NetworkSpec, load_network
+from bigvision.jobs.process.options import Options
+from bigvision.jobs.process.results import ResultKind
+from bigvision.jobs.process.scene import Scene
+
+Region = tuple[NDArray[np.float32], NDArray[np.bool_]]  # pixels [C, h, w], where they have data [h, w]
+
+_SIDE = 512  # rows and columns of a compared region
+_REGIONS = 4
+_CANDIDATES = 4  # a side: regions with the most data are taken from a grid of this many squared
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The type chosen. agreement: part of the compared pixels of one class in both; None: not compared."""
+
+    dtype: str
+    agreement: float | None
+
+
+def choose_precision(
+    scene: Scene, spec: NetworkSpec, options: Options, kind: ResultKind, stride: int
+) -> Precision:
+    """float32, or bfloat16 where asked for or where `auto` finds it quick here and faithful on this scene."""
+    if options.dtype != "auto":
+        return Precision(options.dtype, None)
+    if not has_fast_bfloat16(spec.device):
+        return Precision("float32", None)
+    regions = _regions(scene)
+    if not regions:
+        return Precision("float32", None)
+    agreement = _agreement(spec, kind, regions, stride)
+    return Precision("bfloat16" if agreement >= options.min_agreement else "float32", agreement)
+
+
+def _agreement(spec: NetworkSpec, kind: ResultKind, regions: list[Region], stride: int) -> float:
+    try:
+        quick = load_network(replace(spec, dtype="bfloat16"))
+        return agreement_of(load_network(spec), quick, kind, regions, stride)
+    except RuntimeError:  # an operator without a bfloat16 kernel
+        return 0.0
+
+
+def agreement_of(
+    exact: Network,
+    quick: Network,
+    kind: ResultKind,
+    regions: list[Region],
+    stride: int,
+) -> float:
+    """The part of the valid pixels of `regions` ([C, h, w], bool [h, w]) to which both give one class."""
+    same = total = 0
+    for pixels, valid in regions:
+        image = _to_strides(torch.from_numpy(pixels), stride)
+        rows, columns = valid.shape
+        one, other = (kind.classes(net(image)[:, :rows, :columns]).cpu() for net in (exact, quick))
+        same += int(((one == other) & torch.from_numpy(valid)).sum())
+        total += int(valid.sum())
+    return same / total
+
+
+def has_fast_bfloat16(device: str) -> bool:
+    """Whether the processor multiplies bfloat16 natively."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    cpu = torch.cpu
+    return any(
+        getattr(cpu, name, lambda: False)()
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+
+
+def _regions(scene: Scene) -> list[Region]:
+    """A few windows with the most data among evenly spread ones; none where all is nodata."""
+    _, height, width = scene.shape
+    rows, columns = _starts(height), _starts(width)
+    read = [
+        scene.read(Window(left, top, min(_SIDE, width), min(_SIDE, height)))
+        for top in rows
+        for left in columns
+    ]
+    read.sort(key=lambda region: -int(region[1].sum()))
+    return [region for region in read[:_REGIONS] if region[1].any()]
+
+
+def _starts(size: int) -> list[int]:
+    free = max(size - _SIDE, 0)
+    return sorted({free * (2 * i + 1) // (2 * _CANDIDATES) for i in range(_CANDIDATES)})
+
+
+def _to_strides(image: Tensor, stride: int) -> Tensor:
+    below, beside = (-side % stride for side in image.shape[1:])
+    return torch.nn.functional.pad(image, (0, beside, 0, below))

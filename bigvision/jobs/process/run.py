@@ -1,0 +1,172 @@
+"""One scene from its file to its result, going on from whatever an interrupted run left."""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bigvision.jobs.process.engine import TilesEngine
+from bigvision.jobs.process.finishing import finish
+from bigvision.jobs.process.geometry import analyse
+from bigvision.jobs.process.ledger import Ledger, open_ledger
+from bigvision.jobs.process.network import NetworkSpec, load_network, network_spec
+from bigvision.jobs.process.options import Options
+from bigvision.jobs.process.planning import UNITS_AT_ONCE, Plan, plan_tiles
+from bigvision.jobs.process.precision import choose_precision
+from bigvision.jobs.process.provenance import TAG, Provenance, provenance
+from bigvision.jobs.process.results import ResultKind
+from bigvision.jobs.process.scene import Scene, open_scene
+from bigvision.jobs.process.units import UnitRunner
+from tiling import RasterError, ZarrWriter, create_zarr, gdal_cache, open_raster, resume_zarr
+from tiling.mapping import map_tiles
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one scene. status: "done", "already done" or "failed" (then `error` says why).
+
+    pixels: of the scene; computed: of them in this run (the rest was finished before); seconds: of this run.
+    """
+
+    scene: str
+    result: str
+    status: str
+    error: str = ""
+    warning: str = ""
+    pixels: int = 0
+    computed: int = 0
+    seconds: float = 0.0
+    plan: Plan | None = None
+
+
+class Watcher:
+    """Is told how a scene comes along; does nothing unless a subclass does."""
+
+    def planned(self, scene: str, plan: Plan, pixels: int, left: int) -> None:
+        """Work begins on a scene of `pixels`, `left` of which no earlier run has done."""
+
+    def computed(self, pixels: float) -> None:
+        """So many more pixels are stored."""
+
+    def finishing(self, fraction: float) -> None:
+        """The pixels are complete; the result's own format is written."""
+
+
+def run_scene(
+    paths: tuple[str, ...],
+    target: Path,
+    options: Options,
+    *,
+    client: "Client | None" = None,
+    watcher: Watcher | None = None,
+) -> Outcome:
+    """Process one scene into `target`; ValueError or OSError where it can't be done."""
+    begun = time.perf_counter()
+    watcher = watcher or Watcher()
+    scene = open_scene(paths, options)
+    spec = network_spec(options, scene.shape[0])
+    origin = provenance(paths, options, load_network(spec))
+    pixels = scene.shape[1] * scene.shape[2]
+    warning = "" if scene.raster.crs is not None else "the scene has no CRS, so the result has none"
+    outcome = Outcome(scene.raster.name, str(target), "done", warning=warning, pixels=pixels)
+    if target.exists() and _is_ours(target, origin, options):
+        return replace(outcome, status="already done", seconds=time.perf_counter() - begun)
+    with open_ledger(target) as ledger, gdal_cache():
+        plan, writer = _begin(ledger, target, scene, spec, options, origin)
+        computed = _compute(ledger, scene, spec, options, plan, writer, client, watcher)
+        tags = origin.tags(dtype=plan.dtype, exactness=plan.exactness, engine=plan.engine)
+        finish(ledger, writer, target, tags, watcher.finishing)
+        ledger.remove()
+    return replace(outcome, computed=computed, seconds=time.perf_counter() - begun, plan=plan)
+
+
+def _is_ours(target: Path, origin: Provenance, options: Options) -> bool:
+    """Whether `target` is this very command's result; ValueError where it is another's and must stay."""
+    try:
+        found = open_raster(target).tags.get(TAG)
+    except RasterError:
+        found = None
+    if found == origin.fingerprint:
+        return True
+    if not options.overwrite:
+        raise ValueError(
+            f"{target}: exists and was made by another command, input or model; --overwrite replaces it"
+        )
+    return False
+
+
+def _begin(
+    ledger: Ledger, target: Path, scene: Scene, spec: NetworkSpec, options: Options, origin: Provenance
+) -> tuple[Plan, ZarrWriter]:
+    """Go on with what the ledger holds if it is this very run; begin anew if not."""
+    record = ledger.read()
+    if record is not None and record["fingerprint"] == origin.fingerprint:
+        plan = Plan(**record["plan"])
+        if plan.processes >= (options.workers or 1):
+            return plan, resume_zarr(target, ledger.pixels, overwrite=options.overwrite)
+    ledger.clear()
+    network = load_network(spec)
+    kind = ResultKind(options.output, network.classes, options.threshold)
+    analysis = analyse(network.module, scene.shape)
+    precision = choose_precision(scene, spec, options, kind, analysis.stride)
+    plan = plan_tiles(scene.shape, kind, analysis, options, precision)
+    writer = _create(ledger, target, scene, kind, plan, options)
+    ledger.begin({"fingerprint": origin.fingerprint, "plan": plan.record(), "of": origin.record})
+    return plan, writer
+
+
+def _create(
+    ledger: Ledger, target: Path, scene: Scene, kind: ResultKind, plan: Plan, options: Options
+) -> ZarrWriter:
+    _, height, width = scene.shape
+    return create_zarr(
+        target,
+        (kind.bands, height, width),
+        kind.dtype,
+        crs=scene.raster.crs,
+        transform=scene.raster.transform,
+        nodata=kind.nodata,
+        band_names=kind.band_names,
+        colormap=kind.colormap,
+        chunk=_chunk(plan.tile),
+        shard=plan.tile,
+        staging=ledger.pixels,
+        overwrite=options.overwrite,
+    )
+
+
+def _chunk(tile: int) -> int:
+    """The largest divisor of the tile up to 512, unless that is tiny."""
+    divisors = [tile // parts for parts in range(1, tile + 1) if tile % parts == 0 and tile // parts <= 512]
+    return divisors[0] if divisors[0] >= 128 or tile <= 512 else tile
+
+
+def _compute(
+    ledger: Ledger,
+    scene: Scene,
+    spec: NetworkSpec,
+    options: Options,
+    plan: Plan,
+    writer: ZarrWriter,
+    client: "Client | None",
+    watcher: Watcher,
+) -> int:
+    """Run the units that are left, here or on the cluster; returns how many pixels that was."""
+    grid = writer.grid(plan.tile, plan.halo, plan.stride)
+    done = ledger.done()
+    left = [unit for unit in grid if unit.index not in done]
+    pixels = sum(unit.core.height * unit.core.width for unit in left)
+    watcher.planned(scene.raster.name, plan, scene.shape[1] * scene.shape[2], pixels)
+    final = replace(spec, dtype=plan.dtype, compile=options.compile)
+    kind = ResultKind(options.output, load_network(spec).classes, options.threshold)
+    threads = None if client is None else 1
+    runner = UnitRunner(final, TilesEngine(plan.stride), kind, writer, ledger, threads)
+
+    def progress(_: int, total: int) -> None:
+        watcher.computed(pixels / total)
+
+    map_tiles(runner, scene, None, left, client=client, workers=UNITS_AT_ONCE, progress=progress)
+    return pixels

@@ -1,0 +1,96 @@
+"""A raster as the network sees it: normalised pixels, zero where there is no data.
+
+Legend: C bands, h and w rows and columns of a window.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rasterio.windows import Window
+
+from bigvision.jobs.process.options import Options
+from tiling import Raster, open_raster
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A raster and its normalisation; picklable, read from any thread or process.
+
+    Pixels x become (x / scale - mean) / std; a band without data, and every band of a pixel where one is NaN
+    or infinite, becomes 0: the mean.
+    """
+
+    raster: Raster
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(bands, height, width)."""
+        return self.raster.shape
+
+    def read(self, window: Window) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Normalised pixels float32 [C, h, w] and where the window has data, bool [h, w]."""
+        pixels = self.raster.read(window, masked=True)
+        missing = np.ma.getmaskarray(pixels)
+        valid = ~missing.all(axis=0)
+        values = np.ma.getdata(pixels)
+        if np.issubdtype(values.dtype, np.floating):
+            broken = ~np.isfinite(values) & ~_named(values, self.raster.nodata)
+            valid &= ~broken.any(axis=0)
+            missing = missing | ~valid
+            values = np.where(missing, 0, values)
+        factor, offset = self._affine()
+        normal = values.astype(np.float32)
+        normal *= factor
+        normal += offset
+        if missing.any():
+            normal[missing] = 0
+        return normal, valid
+
+    def _affine(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """x * factor + offset is the normalisation, [C, 1, 1] each."""
+        std, mean = np.asarray(self.std), np.asarray(self.mean)
+        factor, offset = 1 / (self.scale * std), -mean / std
+        return factor.astype(np.float32)[:, None, None], offset.astype(np.float32)[:, None, None]
+
+
+def open_scene(paths: Sequence[str], options: Options) -> Scene:
+    """Open one scene (several files with --stack) as the options ask; ValueError says what doesn't fit."""
+    path: Any = paths[0] if len(paths) == 1 else list(paths)
+    if len(paths) == 1:
+        raster = open_raster(path, bands=options.bands, resolution=options.resolution, aoi=options.aoi)
+    else:
+        raster = open_raster(path, resolution=options.resolution, aoi=options.aoi)
+        raster = raster.select(bands=options.bands) if options.bands else raster
+    bands = raster.shape[0]
+    if np.issubdtype(raster.dtype, np.complexfloating):
+        raise ValueError(f"{raster.name}: complex pixels ({raster.dtype}) can't enter the network")
+    return Scene(
+        raster,
+        options.scale,
+        _per_band("mean", options.mean, 0.0, bands, raster.name),
+        _per_band("std", options.std, 1.0, bands, raster.name),
+    )
+
+
+def _per_band(
+    name: str, values: tuple[float, ...] | None, default: float, bands: int, scene: str
+) -> tuple[float, ...]:
+    given = (default,) if values is None else values
+    if len(given) == 1:
+        return given * bands
+    if len(given) != bands:
+        raise ValueError(f"{scene}: --{name} has {len(given)} values, the scene {bands} bands")
+    return given
+
+
+def _named(values: NDArray[Any], nodata: float | None) -> NDArray[np.bool_]:
+    """Where a NaN or infinite value is the raster's own nodata value, which goes by band."""
+    if nodata is None or np.isfinite(nodata):
+        return np.zeros(values.shape, bool)
+    return np.isnan(values) if np.isnan(nodata) else values == nodata

@@ -1,0 +1,74 @@
+"""A file of weights into a module: safetensors, or a state dict read without unpickling code."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a `.safetensors` or `.pth`/`.pt` state dict into `model`, strictly.
+
+    A dict nested under `state_dict`, `model_state_dict` or `model` is found, and the prefix `module.` of
+    DistributedDataParallel or `_orig_mod.` of torch.compile is dropped. ValueError where the file can't be
+    read or does not fit.
+    """
+    state = _without_wrappers(read_state(path))
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, the model's {tuple(expected[name].shape)}"
+        for name in expected
+        if name in state and state[name].shape != expected[name].shape
+    ]
+    problems = [_some("missing", missing), _some("unknown", unexpected), _some("of another shape", shapes)]
+    if any(problems):
+        raise ValueError(f"weights {path} don't fit the model: {'; '.join(p for p in problems if p)}")
+    model.load_state_dict(state)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors by name of a file of weights; ValueError where it is none."""
+    if not path.is_file():
+        raise ValueError(f"weights {path} do not exist")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"weights {path} are neither safetensors nor a state dict of plain tensors: {_short(error)}"
+        ) from error
+    return _state_of(loaded, path)
+
+
+def _state_of(loaded: Any, path: Path) -> dict[str, Tensor]:
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise ValueError(f"weights {path} hold {type(loaded).__name__}, not a state dict of tensors")
+    return dict(loaded)
+
+
+def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in ("module.", "_orig_mod."):
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def _some(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{what}: {', '.join(names[:3])}{more}"
+
+
+def _short(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
