@@ -115,7 +115,12 @@ def _expert_order(received: Tensor, device: torch.device) -> Tensor:
 
 
 def _run_and_agree(
-    rows: Tensor, thread: Tensor, plan: _Plan, experts: Sequence[Expert], group: Any
+    rows: Tensor,
+    thread: Tensor,
+    plan: _Plan,
+    experts: Sequence[Expert],
+    group: Any,
+    out_shape: Sequence[int] | None,
 ) -> Tensor:
     """Run this rank's experts, then agree with the others on what a row of output is.
 
@@ -127,7 +132,7 @@ def _run_and_agree(
     y, word = rows, [0] * (2 + _MAX_DIMS)
     try:
         if len(rows):
-            y = run_experts(rows, counts, experts)
+            y = run_experts(rows, counts, experts, out_shape)
             word = _describe(y)
     except Exception as error:
         failure = error
@@ -141,8 +146,10 @@ def _run_and_agree(
     told = [_read(other[1:]) for other in words if other[0] == 1]
     if len(set(told)) > 1:
         raise ValueError(f"experts of the ranks differ in what they return: {sorted(set(told), key=str)}")
-    if told and not len(rows):
-        dtype, shape = told[0]
+    if not len(rows):
+        dtype, shape = (
+            told[0] if told else (rows.dtype, tuple(rows.shape[1:] if out_shape is None else out_shape))
+        )
         y = rows.new_zeros(0, *shape, dtype=dtype)
     return link_gradients(y, [thread, *idle_parameters(counts, experts)])
 
@@ -157,13 +164,21 @@ class AllToAllExchange:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
 
-    def __call__(self, x: Tensor, routing: Routing, experts: Sequence[Expert]) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        routing: Routing,
+        experts: Sequence[Expert],
+        *,
+        out_shape: Sequence[int] | None = None,
+    ) -> Tensor:
         """Apply experts that live on several ranks.
 
         Args:
             x: [T, ...], this rank's tokens, none allowed; rows alike on all ranks.
             routing: of the T tokens over all E experts.
             experts: this rank's, in the order of their global ids.
+            out_shape: shape of one output row; needed only where no expert of any rank might run.
 
         Returns:
             [T, ...]: bit for bit what one process returns, if an expert computes a row the same in any batch.
@@ -177,7 +192,7 @@ class AllToAllExchange:
         receive = plan.received.sum(1).tolist()
         rows, thread = all_to_all_rows(dispatch(x, routing), send, receive, self.group)
         order = _expert_order(plan.received, x.device)
-        y = _run_and_agree(gather_rows(rows, order), thread, plan, experts, self.group)
+        y = _run_and_agree(gather_rows(rows, order), thread, plan, experts, self.group, out_shape)
         back, _ = all_to_all_rows(gather_rows(y, order.argsort()), receive, send, self.group)
         return combine(back, routing)
 
@@ -192,7 +207,14 @@ class AllGatherExchange:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
 
-    def __call__(self, x: Tensor, routing: Routing, experts: Sequence[Expert]) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        routing: Routing,
+        experts: Sequence[Expert],
+        *,
+        out_shape: Sequence[int] | None = None,
+    ) -> Tensor:
         """Apply experts that live on several ranks; see :meth:`AllToAllExchange.__call__`.
 
         Sums run over ranks in their order, so results equal one process to rounding.
@@ -204,7 +226,7 @@ class AllGatherExchange:
         token = self._global_tokens(routing, plan, pairs)
         mine = self._my_pairs(plan, x.device)
         rows = gather_rows(everyone, token[mine])
-        y = _run_and_agree(rows, thread, plan, experts, self.group)
+        y = _run_and_agree(rows, thread, plan, experts, self.group, out_shape)
         wide = torch.float64 if torch.float64 in (y.dtype, weight.dtype) else torch.float32
         weighted = y.to(wide) * gather_rows(weight, mine).view(-1, *(1,) * (y.dim() - 1))
         partial = sum_rows(weighted, token[mine], len(everyone))

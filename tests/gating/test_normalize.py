@@ -12,7 +12,7 @@ shapes = st.tuples(st.integers(0, 6), st.integers(1, 5), st.integers(0, 99))
 def draw(shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     t, e, seed = shape
     generator = torch.Generator().manual_seed(seed)
-    logits = 4 * torch.randn(t, e, generator=generator, dtype=torch.float64)
+    logits = 2 * torch.randn(t, e, generator=generator, dtype=torch.float64)
     return logits, torch.rand(t, e, generator=generator) < 0.6
 
 
@@ -38,7 +38,7 @@ def test_elementwise_kinds(shape: tuple[int, int, int]) -> None:
 def test_sinkhorn_has_its_marginals(shape: tuple[int, int, int]) -> None:
     logits, _ = draw(shape)
     t, e = logits.shape
-    plan = normalize(logits, "sinkhorn", iterations=3000)
+    plan = normalize(logits, "sinkhorn", iterations=300)
     one = torch.ones(t, dtype=torch.float64)
     torch.testing.assert_close(plan.sum(1), one)
     torch.testing.assert_close(plan.sum(0), torch.full((e,), t / e, dtype=torch.float64), atol=1e-3, rtol=0)
