@@ -1,9 +1,22 @@
 """Class-sharded margin heads: the gate applied to classes."""
 
 from heads.adaptive import AdaFace, MagFace
+from heads.checkpoint import CheckpointError, load_head, save_head
 from heads.gates import sampled
 from heads.head import ShardedMarginHead
 from heads.margin import Margin
 from heads.optimizers import SGD, Adam, RowwiseAdagrad
 
-__all__ = ["SGD", "AdaFace", "Adam", "MagFace", "Margin", "RowwiseAdagrad", "ShardedMarginHead", "sampled"]
+__all__ = [
+    "SGD",
+    "AdaFace",
+    "Adam",
+    "CheckpointError",
+    "MagFace",
+    "Margin",
+    "RowwiseAdagrad",
+    "ShardedMarginHead",
+    "load_head",
+    "sampled",
+    "save_head",
+]

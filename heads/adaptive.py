@@ -31,6 +31,10 @@ class AdaFace(nn.Module):
         self.register_buffer("mean", torch.tensor(20.0))
         self.register_buffer("std", torch.tensor(100.0))
 
+    def extra_repr(self) -> str:
+        """What tells two of them apart."""
+        return f"m={self.m}, h={self.h}, momentum={self.momentum}"
+
     @torch.no_grad()
     def forward(self, norms: Tensor) -> Margins:
         """Margins of feature norms [B]; in training mode the statistics follow the batch."""

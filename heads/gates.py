@@ -51,12 +51,16 @@ class ActiveGate(Protocol):
         """Rows int64 that a later step will want, as far as that is known now: for prefetching."""
         ...
 
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold, the same on every rank and for any number of them."""
+    def row_state(self) -> dict[str, Tensor]:
+        """Live tensors [n, ...] with a row a class of this shard, for checkpoints to read and write."""
         ...
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Puts `state()` back; the rows are in place already."""
+    def shared_state(self) -> dict[str, Tensor]:
+        """Live tensors that are the same on every rank, for checkpoints to read and write."""
+        ...
+
+    def restored(self) -> None:
+        """A checkpoint has been read into the tensors and the rows."""
         ...
 
 
@@ -85,12 +89,16 @@ class StaticGate:
         """Unknown."""
         return None
 
-    def state(self) -> dict[str, Tensor]:
+    def row_state(self) -> dict[str, Tensor]:
         """Nothing."""
         return {}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def shared_state(self) -> dict[str, Tensor]:
         """Nothing."""
+        return {}
+
+    def restored(self) -> None:
+        """Nothing to do."""
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ class ShardedMarginHead(nn.Module):
     def _run_forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Pass]:
         batch = gather_batch(self.ranks, features, labels, self.dim, self.num_classes)
         if self.weight is not None:
-            self._follow_parameter()
+            self.refresh_norms()
         gate = self.gate if self.training else None
         loss, done = forward_pass(self.shard, self.ranks, self.margin, gate, batch, self.step, self._version)
         wanted = None if gate is None else gate.expected(self.step + 1)
@@ -182,8 +182,8 @@ class ShardedMarginHead(nn.Module):
             self.shard.store.prefetch(wanted)
         return loss, done
 
-    def _follow_parameter(self) -> None:
-        """The norms of centres that somebody else's optimiser moves."""
+    def refresh_norms(self) -> None:
+        """Measures the lengths of the centres anew, after somebody else has changed them."""
         shard = self.shard
         for low in range(0, len(shard.classes), shard.tile):
             rows = slice(low, min(low + shard.tile, len(shard.classes)))

@@ -39,6 +39,12 @@ class StepHistory:
             product = level[-1] @ level[-2]
         self._levels.append([product])
 
+    def replay(self, rates: list[float]) -> None:
+        """Starts over with these learning rates."""
+        self._levels, self.rates = [[]], []
+        for lr in rates:
+            self.append(lr)
+
     def products_until_now(self, start: Tensor) -> Tensor:
         """For each range [start, S), start int64 [N] on the CPU: the product of its steps, [N, 2, 2]."""
         place, end = start.clone(), len(self)

@@ -1,0 +1,198 @@
+"""Checkpoints of a sharded head with `torch.distributed.checkpoint`: saved on some ranks, loaded on any number.
+
+A checkpoint is a folder: one safetensors file a rank with its DTensor shards (centres, moments, narrow columns, what
+the gate keeps for each class) and `head.json` with the settings and the step. It is written under another name, flushed
+and renamed, so a folder of the final name is complete, and the one it replaces stays until then.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from heads.collectives import Ranks
+from heads.head import ShardedMarginHead
+from heads.safetensors_storage import StreamedReader, StreamedWriter
+
+_FILE = "head.json"
+_FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint could not be written or read, or is of another head. Raised on every rank."""
+
+
+def save_head(head: ShardedMarginHead, folder: Path | str) -> None:
+    """Saves the head with its optimiser, gate and step as `folder`. Called on every rank together.
+
+    Raises CheckpointError on every rank if any of them fails (a full disk, say); a checkpoint that was there
+    before is then still there.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    ranks = head.ranks
+    with _together(ranks, f"saving {folder}"):
+        if ranks.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+    with _together(ranks, f"saving {folder}"):
+        dcp.save(_state(head), storage_writer=StreamedWriter(partial), no_dist=ranks.size == 1)
+    with _together(ranks, f"saving {folder}"):
+        if ranks.rank == 0:
+            _write_json(partial / _FILE, _settings(head) | _position(head))
+            _replace(partial, folder)
+
+
+def load_head(head: ShardedMarginHead, folder: Path | str) -> None:
+    """Puts a checkpoint into a head of the same settings, on any number of ranks. Called on every rank together.
+
+    Raises CheckpointError on every rank where the folder is no complete checkpoint, or one of other settings
+    (classes, dimension, margin, scale, storage, optimiser, gate, seed), naming both.
+    """
+    folder, ranks = Path(folder), head.ranks
+    with _together(ranks, f"loading {folder}"):
+        found = _read_json(folder / _FILE)
+        wanted = _settings(head)
+        other = [
+            f"{k} is {found.get(k)!r} there and {v!r} here" for k, v in wanted.items() if found.get(k) != v
+        ]
+        if other:
+            raise ValueError(f"a checkpoint of another head: {'; '.join(other)}")
+    with _together(ranks, f"loading {folder}"):
+        dcp.load(_state(head), storage_reader=StreamedReader(folder), no_dist=ranks.size == 1)
+    with _together(ranks, f"loading {folder}"):
+        _resume(head, found)
+
+
+def _state(head: ShardedMarginHead) -> dict[str, Any]:
+    """Live tensors by name; those with a row a class as DTensors."""
+    shard = head.shard
+    by_class = {name: shard.store.whole(name).detach() for name in shard.store.names}
+    by_class |= shard.narrow
+    if shard.last_step is not None:
+        by_class["last_step"] = shard.last_step
+    if head.gate is not None:
+        by_class |= {f"gate.{k}": v for k, v in head.gate.row_state().items()}
+    mesh = None if head.ranks.size == 1 else init_device_mesh(_mesh_device(head), (head.ranks.size,))
+    state: dict[str, Any] = {k: _shard(v, head.num_classes, mesh) for k, v in by_class.items()}
+    if head.gate is not None:
+        state |= {f"gate.{k}": v for k, v in head.gate.shared_state().items()}
+    buffers = {k: v for k, v in head.state_dict().items() if k != "weight"}
+    return state | {f"module.{k}": v for k, v in buffers.items()}
+
+
+def _mesh_device(head: ShardedMarginHead) -> str:
+    return head.shard.device.type
+
+
+def _shard(local: Tensor, num_classes: int, mesh: DeviceMesh | None) -> Tensor:
+    if mesh is None:
+        return local
+    shape = torch.Size((num_classes, *local.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+def _settings(head: ShardedMarginHead) -> dict[str, Any]:
+    """What must be the same for a checkpoint to fit."""
+    return {
+        "format": _FORMAT,
+        "num_classes": head.num_classes,
+        "dim": head.dim,
+        "margin": repr(head.margin),
+        "scale": head.scale,
+        "normalized": head.shard.normalized,
+        "storage": str(head.shard.dtype).removeprefix("torch."),
+        "optimizer": type(head.rule).__name__,
+        "columns": [*head.shard.store.names, *head.shard.narrow],
+        "dense": head.shard.history is not None,
+        "gate": repr(head.active),
+        "seed": head.seed,
+    }
+
+
+def _position(head: ShardedMarginHead) -> dict[str, Any]:
+    return {
+        "step": head.step,
+        "skipped": head.skipped,
+        "lr": None if head.optimizer is None else head.lr,
+        "rates": None if head.shard.history is None else head.shard.history.rates,
+    }
+
+
+def _resume(head: ShardedMarginHead, found: dict[str, Any]) -> None:
+    head.shard.store.reload()
+    head.step, head.skipped = found["step"], found["skipped"]
+    if head.optimizer is not None:
+        head.lr = found["lr"]
+    if head.shard.history is not None:
+        head.shard.history.replay(found["rates"])
+    head.refresh_norms()
+    if head.gate is not None:
+        head.gate.restored()
+
+
+@contextmanager
+def _together(ranks: Ranks, what: str) -> Iterator[None]:
+    """Runs the block on every rank; an error on any of them is a CheckpointError on all of them."""
+    failure = ""
+    try:
+        yield
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        cause = error.__cause__ or error
+        failure = (
+            f"rank {ranks.rank}: {cause}" if str(cause) else f"rank {ranks.rank}: {type(cause).__name__}"
+        )
+    failures: list[Any] = [failure]
+    if ranks.size > 1:
+        failures = [None] * ranks.size
+        dist.all_gather_object(failures, failure)
+    if any(failures):
+        raise CheckpointError(f"{what}: {next(f for f in failures if f)}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no complete checkpoint of a head: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"no checkpoint of a head: {path} holds no table of settings")
+    return found
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with path.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    """Gives `partial` its final name; what had it goes only then."""
+    _flush_folder(partial)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    _flush_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
