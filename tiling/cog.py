@@ -6,6 +6,7 @@ of blocks, into a compressed tiled TIFF beside the destination.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from tiling.raster import Raster
 from tiling.source import Array, Colormap, holds
 
 _DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64")
+_COMPRESS = ("none", "deflate", "zstd", "lzw", "lzma", "lerc", "lerc_deflate", "lerc_zstd", "jpeg", "webp")
+_OVERVIEWS = ("nearest", "average", "mode", "bilinear", "cubic", "cubicspline", "lanczos", "rms")
 _PREDICTED = ("deflate", "lzw", "zstd")
 
 
@@ -42,7 +45,6 @@ class _Plan:
     tags: dict[str, str]
     compress: str
     level: int | None
-    predictor: bool
     blocksize: int
     resampling: str
     threads: int
@@ -63,7 +65,7 @@ def to_cog(
     colormap: Colormap | None = None,
     tags: dict[str, str] | None = None,
     cache: int = CACHE_BYTES,
-    threads: int = 1,
+    threads: int | None = None,
     overwrite: bool = False,
     progress: Callable[[float], object] | None = None,
 ) -> Raster:
@@ -74,31 +76,57 @@ def to_cog(
         colour table, else "average".
     dtype: convert, with values rounded and clipped to its limits; by default the raster's.
     nodata, band_names, colormap, tags: instead of (tags: in addition to) the raster's own.
-    cache: bytes that GDAL may keep of the pixels in memory. progress: called with the fraction done, 0 to 1.
+    cache: bytes that GDAL may keep of the pixels in memory. threads: that compress, by default one a core.
+    progress: called with the fraction done, 0 to 1.
+
     BIGTIFF is used where the size asks for it. Needs room beside `path` for a second, compressed copy.
     The file appears under its name when it is complete. Raises RasterError for what a COG can't hold.
     """
-    target = Path(path)
-    check_free(target, overwrite)
-    plan = _plan(
-        raster,
-        target,
-        compress,
-        level,
-        blocksize,
-        overviews,
-        dtype,
-        nodata,
-        band_names,
-        colormap,
-        tags,
-        threads,
+    target, colors = Path(path), colormap or raster.colormap
+    missing = raster.nodata if nodata is None else nodata
+    plan = _Plan(
+        dtype=np.dtype("uint8" if raster.dtype == bool and dtype is None else dtype or raster.dtype),
+        nodata=missing,
+        band_names=band_names or raster.band_names,
+        colormap=colors,
+        tags={**raster.tags, **(tags or {})},
+        compress=compress.lower(),
+        level=level,
+        blocksize=blocksize,
+        resampling=("mode" if colors else "average") if overviews == "auto" else overviews.lower(),
+        threads=threads or os.cpu_count() or 1,
+        masked=raster.has_mask and missing is None,
     )
+    check_free(target, overwrite)
+    _check(plan, raster, target)
+    _make(plan, raster, target, cache, progress or _silent)
+    return open_raster(target)
+
+
+def _check(plan: _Plan, raster: Raster, target: Path) -> None:
+    bands, kind = raster.shape[0], plan.dtype
+    if kind.name not in _DTYPES:
+        raise RasterError(f"{target}: a COG can't hold {kind} pixels; convert to one of {', '.join(_DTYPES)}")
+    if plan.nodata is not None and not holds(kind, plan.nodata):
+        raise RasterError(f"{target}: nodata {plan.nodata} is no {kind} value")
+    if len(plan.band_names) != bands:
+        raise RasterError(f"{target}: {len(plan.band_names)} band names for {bands} bands")
+    if plan.colormap and (bands != 1 or kind.name not in ("uint8", "uint16")):
+        raise RasterError(f"{target}: a colour table goes with one uint8 or uint16 band, not {bands} {kind}")
+    if plan.blocksize < 16 or plan.blocksize % 16:
+        raise RasterError(f"{target}: TIFF blocks are multiples of 16 pixels, got {plan.blocksize}")
+    if plan.compress not in _COMPRESS:
+        raise RasterError(f"{target}: compress {plan.compress!r} is none of {', '.join(_COMPRESS)}")
+    if plan.resampling not in _OVERVIEWS:
+        raise RasterError(f"{target}: overviews {plan.resampling!r} is none of {', '.join(_OVERVIEWS)}")
+
+
+def _make(plan: _Plan, raster: Raster, target: Path, cache: int, progress: Callable[[float], object]) -> None:
     draft, final = staging_name(target), staging_name(target)
     try:
         with gdal_cache(cache), warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            _write_draft(raster, draft, plan, progress or _silent)
+            _write_draft(raster, draft, plan, progress)
             _copy(draft, final, plan)
         publish(final, target)
     except (RasterioError, OSError) as error:
@@ -106,54 +134,7 @@ def to_cog(
     finally:
         discard(draft)
         discard(final)
-    if progress is not None:
-        progress(1.0)
-    return open_raster(target)
-
-
-def _plan(
-    raster: Raster,
-    target: Path,
-    compress: str,
-    level: int | None,
-    blocksize: int,
-    overviews: str,
-    dtype: str | None,
-    nodata: float | None,
-    band_names: tuple[str, ...] | None,
-    colormap: Colormap | None,
-    tags: dict[str, str] | None,
-    threads: int,
-) -> _Plan:
-    kind = np.dtype("uint8" if raster.dtype == bool and dtype is None else dtype or raster.dtype)
-    missing = raster.nodata if nodata is None else nodata
-    names, colors = band_names or raster.band_names, colormap or raster.colormap
-    if kind.name not in _DTYPES:
-        raise RasterError(f"{target}: a COG can't hold {kind} pixels; convert to one of {', '.join(_DTYPES)}")
-    if missing is not None and not holds(kind, missing):
-        raise RasterError(f"{target}: nodata {missing} is no {kind} value")
-    if len(names) != raster.shape[0]:
-        raise RasterError(f"{target}: {len(names)} band names for {raster.shape[0]} bands")
-    if colors and (raster.shape[0] != 1 or kind.name not in ("uint8", "uint16")):
-        raise RasterError(
-            f"{target}: a colour table goes with one uint8 or uint16 band, not {raster.shape[0]} {kind}"
-        )
-    if blocksize < 16 or blocksize % 16:
-        raise RasterError(f"{target}: TIFF blocks are multiples of 16 pixels, got {blocksize}")
-    return _Plan(
-        dtype=kind,
-        nodata=missing,
-        band_names=names,
-        colormap=colors,
-        tags={**raster.tags, **(tags or {})},
-        compress=compress,
-        level=level,
-        predictor=compress in _PREDICTED and not colors,
-        blocksize=blocksize,
-        resampling=("mode" if colors else "average") if overviews == "auto" else overviews,
-        threads=threads,
-        masked=raster.has_mask and missing is None,
-    )
+    progress(1.0)
 
 
 def _write_draft(raster: Raster, draft: Path, plan: _Plan, progress: Callable[[float], object]) -> None:
@@ -240,7 +221,7 @@ def _copy(draft: Path, final: Path, plan: _Plan) -> None:
     }
     if plan.level is not None:
         options["level"] = plan.level
-    if plan.predictor:
+    if plan.compress in _PREDICTED and not plan.colormap:
         options["predictor"] = "YES"
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True, CPL_TMPDIR=str(final.parent)):
         rasterio.shutil.copy(draft, final, driver="COG", **options)
