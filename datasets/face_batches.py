@@ -31,10 +31,11 @@ class Batch:
     images: Tensor  # uint8 [b, 3, S, S]
     labels: Tensor  # int64 [b]
     damaged: tuple[str, ...]  # records left out, with reasons
+    kept: tuple[int, ...]  # which of the positions asked for are here
 
     def pin_memory(self) -> "Batch":
         """Page-locked memory, for copies to a GPU."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.damaged)
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.damaged, self.kept)
 
 
 class TrainingBatches(Dataset[Batch]):
@@ -101,6 +102,7 @@ def read_batch(
     images: list[np.ndarray] = []
     labels: list[int] = []
     damaged: list[str] = []
+    kept: list[int] = []
     for number, position in enumerate(positions):
         try:
             image, label = source.read(int(position))
@@ -112,12 +114,13 @@ def read_batch(
             image = augmented(image, augment, np.random.Generator(streams[number]))
         images.append(image)
         labels.append(label)
+        kept.append(number)
     while streams is not None and len(images) < FEWEST:
         images.append(np.full((size, size, 3), 127, np.uint8))
         labels.append(-1)
     stacked = np.stack(images) if images else np.empty((0, size, size, 3), np.uint8)
     pixels = torch.from_numpy(np.ascontiguousarray(stacked.transpose(0, 3, 1, 2)))
-    return Batch(pixels, torch.tensor(labels, dtype=torch.int64), tuple(damaged))
+    return Batch(pixels, torch.tensor(labels, dtype=torch.int64), tuple(damaged), tuple(kept))
 
 
 def augmented(image: np.ndarray, kind: str, random: np.random.Generator) -> np.ndarray:

@@ -15,7 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """all_reduce with its gradient: every rank's output depends on this rank's input, so gradients are summed too."""
+    """all_reduce with its gradient: every rank's output depends on this rank's input, so gradients are summed
+    too.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -72,7 +74,9 @@ class GlobalBatchNorm(_BatchNorm):
 
 
 def with_global_norms(model: nn.Module) -> nn.Module:
-    """Replace every batch norm of a model, in place, by one over all ranks; parameters and buffers stay the same."""
+    """Replace every batch norm of a model, in place, by one over all ranks; parameters and buffers stay the
+    same.
+    """
     for name, module in list(model.named_children()):
         if isinstance(module, _BatchNorm) and not isinstance(module, GlobalBatchNorm):
             replaced = GlobalBatchNorm(module.num_features, module.eps, module.momentum, module.affine)
@@ -86,7 +90,7 @@ def with_global_norms(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def average_statistics(model: nn.Module, ranks: int) -> None:
-    """Give all ranks the mean of their running statistics; for local batch norms, which see different images."""
+    """Give all ranks the mean of their running statistics: local batch norms have seen different images."""
     if ranks == 1:
         return
     for module in model.modules():

@@ -119,6 +119,7 @@ def test_evaluation_goes_through_in_order() -> None:
     found = list(evaluation_batches(Numbers(7, broken=5), batch_size=3, size=8))
     assert [positions.tolist() for positions, _ in found] == [[0, 1, 2], [3, 4, 5], [6]]
     assert torch.cat([batch.labels for _, batch in found]).tolist() == [1, 2, 3, 4, 6]
+    assert [places[list(batch.kept)].tolist() for places, batch in found] == [[1, 2], [3, 4], [6]]
 
 
 def test_pixels_are_normalized() -> None:

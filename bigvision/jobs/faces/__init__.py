@@ -1,0 +1,1 @@
+"""What the face jobs are made of: one concept a file."""

@@ -1,0 +1,120 @@
+"""Errors that all ranks raise together: a rank that fails alone would leave the others waiting in a
+collective."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class FaceJobError(Exception):
+    """A failure that every rank has been told of; the text names the rank it happened on."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks of a run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    restarts: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes the files and speaks."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in rank order."""
+        if self.size == 1:
+            return [value]
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, value: float) -> float:
+        """Sum of a number over the ranks."""
+        return float(sum(self.gather(value)))
+
+    def agree(self, failure: Exception | None, doing: str) -> None:
+        """Raise `FaceJobError` on all ranks, naming rank and error, if any has one; else one small
+        all-reduce.
+
+        Raises `FaceJobError`.
+        """
+        if self.size > 1:
+            flag = torch.tensor([failure is not None], dtype=torch.int32, device=self.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            if not flag.item():
+                return
+        elif failure is None:
+            return
+        told = self.gather(None if failure is None else _sentence(failure))
+        failed = {rank: text for rank, text in enumerate(told) if text is not None}
+        rank, text = next(iter(failed.items()))
+        same = len(failed) == self.size and len(set(failed.values())) == 1
+        who = "" if self.size == 1 else ("every rank, " if same else f"rank {rank}, ")
+        raise FaceJobError(f"{who}{doing}: {text}") from failure
+
+    @contextmanager
+    def together(self, doing: str) -> Iterator[None]:
+        """Run a block on all ranks; if any fails, all raise `FaceJobError` with the rank and its error.
+
+        The block must not leave a collective half done: it either has none, or fails before them.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except FaceJobError:
+            raise  # told to all ranks already
+        except Exception as error:
+            failure = error
+        self.agree(failure, doing)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, (ValueError, OSError, FaceJobError)):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def world_of_torchrun(device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
+    """The ranks that torchrun started (gloo on CPU, nccl on GPU), or this process alone."""
+    if "RANK" not in os.environ:
+        yield World(device=device)
+        return
+    number = {name: int(os.environ.get(name, default)) for name, default in VARIABLES.items()}
+    if device.type == "cuda":
+        torch.cuda.set_device(number["LOCAL_RANK"])
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    try:
+        yield World(
+            number["RANK"],
+            number["WORLD_SIZE"],
+            number["LOCAL_RANK"],
+            number["LOCAL_WORLD_SIZE"],
+            number["TORCHELASTIC_RESTART_COUNT"],
+            torch.device("cuda", number["LOCAL_RANK"]) if device.type == "cuda" else device,
+        )
+    finally:
+        dist.destroy_process_group()
+
+
+VARIABLES = {
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "1",
+    "TORCHELASTIC_RESTART_COUNT": "0",
+}

@@ -1,0 +1,117 @@
+"""The record of a run: a CSV that a resumed run continues, a picture, and TensorBoard where it is
+installed."""
+
+import csv
+from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, get_type_hints
+
+
+@dataclass(frozen=True)
+class Point:
+    """One line of the training curve."""
+
+    step: int
+    epoch: float
+    loss: float
+    lr: float
+    gradient_norm: float
+    samples_per_second: float
+    memory_mib: float
+    damaged: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """One line of the evaluations."""
+
+    step: int
+    data: str
+    accuracy: float
+    spread: float
+    threshold: float
+    tar_at_far_1e3: float
+
+
+class Curves:
+    """Writes `curve.csv`, `evaluations.csv`, `curves.png` and TensorBoard events into a folder.
+
+    A run that goes on from `step` drops the lines behind it, so that the file is that of an uninterrupted
+    run.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.folder = folder
+        self.points = _kept(folder / "curve.csv", Point, step)
+        self.scores = _kept(folder / "evaluations.csv", Score, step)
+        for name, kind, rows in (("curve.csv", Point, self.points), ("evaluations.csv", Score, self.scores)):
+            partial = folder / f"{name}.partial"
+            with partial.open("w", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow([field.name for field in fields(kind)])
+                writer.writerows([list(asdict(row).values()) for row in rows])
+            partial.replace(folder / name)
+        self._events: Any = None
+        if find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+
+    def add(self, row: Point | Score) -> None:
+        """Append a line."""
+        if isinstance(row, Point):
+            name, prefix = "curve.csv", "train"
+            self.points.append(row)
+        else:
+            name, prefix = "evaluations.csv", f"verify {row.data}"
+            self.scores.append(row)
+        with (self.folder / name).open("a", newline="") as file:
+            csv.writer(file).writerow(list(asdict(row).values()))
+        if self._events is not None:
+            for key, value in asdict(row).items():
+                if isinstance(value, float):
+                    self._events.add_scalar(f"{prefix}/{key}", value, row.step)
+
+    def draw(self) -> None:
+        """Draw loss, learning rate and verification accuracy over the steps."""
+        if not self.points:
+            return
+        from matplotlib.figure import Figure
+
+        figure = Figure((9, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        steps = [point.step for point in self.points]
+        left.plot(steps, [point.loss for point in self.points], color="tab:blue")
+        left.set(xlabel="step", ylabel="loss")
+        rate = left.twinx()
+        rate.plot(steps, [point.lr for point in self.points], color="tab:gray", linewidth=0.8)
+        rate.set_ylabel("learning rate")
+        for data in dict.fromkeys(score.data for score in self.scores):
+            mine = [score for score in self.scores if score.data == data]
+            right.plot(
+                [score.step for score in mine], [score.accuracy for score in mine], marker=".", label=data
+            )
+        right.set(xlabel="step", ylabel="verification accuracy")
+        if self.scores:
+            right.legend()
+        partial = self.folder / "curves.partial.png"
+        figure.savefig(partial, dpi=120)
+        partial.replace(self.folder / "curves.png")
+
+    def close(self) -> None:
+        """Draw the picture and close the event file."""
+        self.draw()
+        if self._events is not None:
+            self._events.close()
+
+
+def _kept(path: Path, kind: type, step: int) -> list[Any]:
+    if not path.is_file():
+        return []
+    types = get_type_hints(kind)
+    with path.open(newline="") as file:
+        rows = [
+            kind(**{name: types[name](value) for name, value in row.items()}) for row in csv.DictReader(file)
+        ]
+    return [row for row in rows if row.step <= step]

@@ -1,0 +1,186 @@
+"""The options of a training run, checked and turned into the values they name."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import torch
+
+import heads
+from heads import Margin
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Everything a training run can be told; the same names, with dashes, on the command line."""
+
+    data: Annotated[str, "folder:PATH, rec:PATH, tar:PATTERN or synthetic:COUNT; @24:40 selects identities"]
+    out: Annotated[Path, "folder of the run: checkpoints, curves, the trained backbone"]
+    backbone: Annotated[str, "iresnet18/34/50/100, mobilefacenet[_large] or torchvision:NAME"] = "iresnet18"
+    weights: Annotated[Path | None, "start from these weights (safetensors or a state dict)"] = None
+    dim: Annotated[int, "width of the embedding"] = 512
+    image_size: Annotated[int, "side of the square images in pixels"] = 112
+    margin: Annotated[str, "m1,m2,m3, or adaface, or magface"] = "1,0.5,0"
+    scale: Annotated[float, "s, the inverse temperature of the softmax"] = 64.0
+    classes: Annotated[str, "number of identities, or auto: the data's own"] = "auto"
+    active: Annotated[
+        str, "classes of a step: all, sampled:RATE[:unbiased], clustered:COUNT:OPENED, hashed:TABLES:BITS"
+    ] = "all"
+    storage: Annotated[str, "the centres' numbers: float32, bfloat16 (stochastic rounding), float64"] = (
+        "float32"
+    )
+    place: Annotated[str, "where the centres live: device, host, or a path (memory-mapped)"] = "device"
+    head_optimizer: Annotated[str, "sgd, adagrad (row-wise) or adam"] = "sgd"
+    batch_size: Annotated[int, "images of a step, of all ranks together"] = 128
+    accumulate: Annotated[int, "parts in which a rank passes its images through the backbone"] = 1
+    epochs: Annotated[float, "passes over the data"] = 20.0
+    lr: Annotated[float, "peak learning rate, of backbone and head"] = 0.1
+    momentum: Annotated[float, "of SGD"] = 0.9
+    weight_decay: Annotated[float, "of backbone and head"] = 5e-4
+    warmup: Annotated[float, "epochs of linear warm-up"] = 0.0
+    schedule: Annotated[str, "polynomial, cosine or constant"] = "polynomial"
+    power: Annotated[float, "of the polynomial schedule"] = 2.0
+    clip: Annotated[float, "largest norm of the backbone's gradient (0: any)"] = 5.0
+    dtype: Annotated[str, "of the backbone: float32, bfloat16, or float16 with a loss scaler"] = "float32"
+    batch_norm: Annotated[str, "statistics over a rank's images (local) or all (global)"] = "local"
+    augment: Annotated[str, "none, flip or light (shift, scale, turn, brightness too)"] = "flip"
+    evaluate: Annotated[
+        tuple[str, ...], "verify on these while training: bin:PATH or a source as in --data"
+    ] = ()
+    evaluate_every: Annotated[float, "epochs between evaluations"] = 1.0
+    save_every: Annotated[int, "steps between checkpoints (0: an epoch)"] = 0
+    keep: Annotated[int, "checkpoints kept"] = 2
+    resume: Annotated[str, "none, auto (the last one in --out, if any) or a checkpoint"] = "none"
+    workers: Annotated[int, "processes a rank that decode images"] = 2
+    memory: Annotated[
+        str, "refuse to start above this much on this machine, e.g. 14GiB (auto: what is free)"
+    ] = "auto"
+    device: Annotated[str, "auto, cpu or cuda"] = "auto"
+    log_every: Annotated[int, "steps between lines of the log"] = 10
+    seed: Annotated[int, "of weights, order, augmentation and sampling"] = 0
+    plan: Annotated[bool, "print the plan and stop"] = False
+
+    def __post_init__(self) -> None:
+        positive = {
+            name: getattr(self, name) for name in ("dim", "batch_size", "accumulate", "keep", "log_every")
+        }
+        wrong = [f"{name} = {value}" for name, value in positive.items() if value < 1]
+        wrong += [
+            f"{name} = {value}"
+            for name in ("epochs", "lr", "scale", "evaluate_every")
+            if (value := getattr(self, name)) <= 0
+        ]
+        wrong += [
+            f"{name} = {value}"
+            for name in ("workers", "save_every", "clip", "warmup", "weight_decay")
+            if (value := getattr(self, name)) < 0
+        ]
+        if wrong:
+            raise ValueError(f"out of range: {', '.join(wrong)}")
+        _choose("dtype", self.dtype, DTYPES)
+        _choose("batch_norm", self.batch_norm, ("local", "global"))
+        self.head_margin()
+        self.head_optimizer_settings()
+        self.gate()
+
+    def head_margin(self) -> Any:
+        """The margin that `margin` names."""
+        if self.margin == "adaface":
+            return heads.AdaFace()
+        if self.margin == "magface":
+            return heads.MagFace()
+        try:
+            parts = [float(part) for part in self.margin.split(",")]
+            if len(parts) != 3:
+                raise ValueError(f"{len(parts)} numbers")
+        except ValueError as error:
+            raise ValueError(
+                f"margin {self.margin!r} is not m1,m2,m3, adaface or magface: {error}"
+            ) from error
+        return Margin(*parts)
+
+    def head_optimizer_settings(self) -> Any:
+        """The fused optimiser that `head_optimizer` names."""
+        _choose("head_optimizer", self.head_optimizer, ("sgd", "adagrad", "adam"))
+        if self.head_optimizer == "adagrad":
+            return heads.RowwiseAdagrad(lr=self.lr, weight_decay=self.weight_decay)
+        if self.head_optimizer == "adam":
+            return heads.Adam(lr=self.lr, weight_decay=self.weight_decay)
+        return heads.SGD(lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
+    def gate(self) -> Any:
+        """The gate of the active classes that `active` names; None for all of them."""
+        kind, *values = self.active.split(":")
+        try:
+            if kind == "all" and not values:
+                return None
+            return GATES[kind](*values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"active {self.active!r} is not all, sampled:RATE[:unbiased], clustered:COUNT:OPENED "
+                f"or hashed:TABLES:BITS: {error}"
+            ) from error
+
+    def described(self) -> dict[str, Any]:
+        """The options as plain values, for a file."""
+        return {
+            name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()
+        }
+
+
+def _sampled(rate: str, unbiased: str = "") -> Any:
+    if unbiased not in ("", "unbiased"):
+        raise ValueError(f"{unbiased!r} is not unbiased")
+    return heads.sampled(float(rate), unbiased=bool(unbiased))
+
+
+def _clustered(count: str, opened: str) -> Any:
+    return heads.clustered(int(count), int(opened))
+
+
+def _hashed(tables: str, bits: str) -> Any:
+    return heads.hashed(int(tables), int(bits))
+
+
+GATES: dict[str, Callable[..., Any]] = {"sampled": _sampled, "clustered": _clustered, "hashed": _hashed}
+
+
+def _choose(name: str, value: str, known: Sequence[str] | dict[str, Any]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}")
+
+
+def parser(program: str) -> argparse.ArgumentParser:
+    """An argument parser with one option a field."""
+    made = argparse.ArgumentParser(
+        program, description="Train a face backbone under a class-sharded margin head."
+    )
+    hints = get_type_hints(TrainOptions, include_extras=True)
+    for entry in fields(TrainOptions):
+        kind, text = get_args(hints[entry.name])
+        flag = "--" + entry.name.replace("_", "-")
+        if kind is bool:
+            made.add_argument(flag, action="store_true", help=text)
+            continue
+        required = entry.default is MISSING
+        shown = "" if required or entry.default in (None, ()) else f" ({entry.default})"
+        many = get_origin(kind) is tuple
+        made.add_argument(
+            flag,
+            type=next(iter(get_args(kind)), kind),
+            required=required,
+            default=None if required else entry.default,
+            help=text + shown,
+            nargs="*" if many else None,
+        )
+    return made
+
+
+def parse(arguments: Sequence[str] | None = None, program: str = "train_face") -> TrainOptions:
+    """Options from a command line. Raises ValueError for values that can't be; exits where argparse does."""
+    found = vars(parser(program).parse_args(arguments))
+    return TrainOptions(**found | {"evaluate": tuple(found["evaluate"])})
