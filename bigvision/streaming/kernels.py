@@ -1,0 +1,327 @@
+"""Row kernels: one operator applied to some rows of an image as if to the whole of it.
+
+A kernel gets the rows that its output rows read (fewer at the image's edges, where it adds the operator's own
+padding) and gives exactly those output rows. All kernels are differentiable and keep nothing between calls.
+
+Legend: a, b first and past-the-last output row; first, last the same of the input rows they read, which lie
+outside 0..size_in where the operator pads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from bigvision.graph.axes import AxisMap
+from bigvision.graph.flow import (
+    INTERPOLATIONS,
+    Flow,
+    arguments,
+    convolution_padding,
+    pad_mode,
+    pair,
+    resample_factors,
+)
+from bigvision.graph.resampling import Taps, area_taps, interpolate_columns, interpolation_taps, resample_rows
+from bigvision.graph.trace import operator_name, result_shape
+
+Values = Callable[[fx.Node], Any]
+"""Gives a kernel its inputs: the rows first..last (clipped to the image) of a streaming one, a held one whole."""
+
+Kernel = Callable[[Values, "Span"], Any]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Output rows a..b and the input rows first..last that they read."""
+
+    a: int
+    b: int
+    first: int
+    last: int
+    size_in: int
+
+    @property
+    def above(self) -> int:
+        """Padding rows that the window reads above the image."""
+        return max(0, -self.first)
+
+    @property
+    def below(self) -> int:
+        """Padding rows that the window reads below the image."""
+        return max(0, self.last - max(self.size_in, self.first))
+
+    @property
+    def read(self) -> tuple[int, int]:
+        """The input rows that exist."""
+        start = min(max(self.first, 0), self.size_in)
+        return start, max(min(self.last, self.size_in), start)
+
+
+def span_of(rows: AxisMap | None, size_in: int, a: int, b: int) -> Span:
+    """What output rows a..b read through the map `rows` (None: the same rows)."""
+    first, last = (a, b) if rows is None else rows.span(a, b)
+    return Span(a, b, first, last, size_in)
+
+
+def kernel_for(node: fx.Node, flow: Flow) -> Kernel:
+    """The row kernel of an operator whose flow is known."""
+    maker = _MAKERS.get(operator_name(node))
+    return maker(node, flow) if maker else _as_it_is(node)
+
+
+def _as_it_is(node: fx.Node) -> Kernel:
+    """Operators that treat every row alike run on rows unchanged."""
+
+    def run(values: Values, span: Span) -> Any:
+        args = fx.map_arg(node.args, values)
+        return node.target(*args, **fx.map_arg(node.kwargs, values))  # type: ignore[operator]
+
+    return run
+
+
+def _sized(node: fx.Node, flow: Flow) -> Kernel:
+    """Views and expansions name the number of rows; here it is the number at hand."""
+    source = arguments(node)["self"]
+    assert flow.layout is not None
+    shape, axis = list(result_shape(node)), flow.layout.rows
+
+    def run(values: Values, span: Span) -> Tensor:
+        here = [*shape]
+        here[axis] = span.b - span.a
+        x = values(source)
+        return x.expand(here) if operator_name(node) == "expand" else x.reshape(here)
+
+    return run
+
+
+def _batch_norm(node: fx.Node, flow: Flow) -> Kernel:
+    args = arguments(node)
+    eps = args["eps"]
+
+    def run(values: Values, span: Span) -> tuple[Tensor]:
+        mean, variance = values(args["running_mean"]), values(args["running_var"])
+        weight, bias = (None if args[name] is None else values(args[name]) for name in ("weight", "bias"))
+        return (F.batch_norm(values(args["input"]), mean, variance, weight, bias, False, 0.0, eps),)
+
+    return run
+
+
+def _convolution(node: fx.Node, flow: Flow) -> Kernel:
+    args = arguments(node)
+    kernel = result_shape(args["weight"])[-2:]
+    left, right = convolution_padding(args, kernel)[1]
+    stride, dilation, groups = args["stride"], args["dilation"], args["groups"]
+
+    def run(values: Values, span: Span) -> Tensor:
+        x, cols = values(args["input"]), left
+        if left != right:
+            x, cols = F.pad(x, (left, right)), 0
+        x = _pad_rows(x, span)
+        bias = None if args["bias"] is None else values(args["bias"])
+        return F.conv2d(x, values(args["weight"]), bias, stride, (0, cols), dilation, groups)
+
+    return run
+
+
+def _transposed_convolution(node: fx.Node, flow: Flow) -> Kernel:
+    args = arguments(node)
+    kernel = result_shape(args["weight"])[-2]
+    (stride, _), (dilation, _) = pair(args["stride"]), pair(args["dilation"])
+    padding, output_padding = pair(args["padding"]), pair(args["output_padding"])
+
+    def run(values: Values, span: Span) -> Tensor:
+        x = values(args["input"])
+        start = span.read[0]
+        reach = span.b + padding[0] - start * stride  # rows of the unpadded result that are wanted
+        missing = max(-(-(reach - (kernel - 1) * dilation - 1) // stride) + 1, 1) - x.shape[-2]
+        x = F.pad(x, (0, 0, 0, max(missing, 0)))
+        bias = None if args["bias"] is None else values(args["bias"])
+        y = F.conv_transpose2d(
+            x,
+            values(args["weight"]),
+            bias,
+            args["stride"],
+            (0, padding[1]),
+            (0, output_padding[1]),
+            args["groups"],
+            args["dilation"],
+        )
+        return y.narrow(-2, span.a + padding[0] - start * stride, span.b - span.a)
+
+    return run
+
+
+def _max_pool(node: fx.Node, flow: Flow) -> Kernel:
+    args = arguments(node)
+    kernel, padding = args["kernel_size"], pair(args["padding"])
+    stride = args["stride"] or kernel
+    wrap = operator_name(node) == "max_pool2d_with_indices"
+
+    def run(values: Values, span: Span) -> Any:
+        x = _pad_rows(values(args["self"]), span, -torch.inf)
+        y = F.max_pool2d(x, kernel, stride, (0, padding[1]), args["dilation"], args["ceil_mode"])
+        return (y,) if wrap else y
+
+    return run
+
+
+def _average_pool(node: fx.Node, flow: Flow) -> Kernel:
+    args = arguments(node)
+    kernel, padding = pair(args["kernel_size"]), pair(args["padding"])
+    stride = pair(args["stride"] or kernel)
+    before, after = result_shape(args["self"])[-2:], result_shape(node)[-2:]
+    right = (after[1] - 1) * stride[1] + kernel[1] - padding[1] - before[1]
+    counts = [_window_counts(args, before[a], after[a], kernel[a], stride[a], padding[a]) for a in (0, 1)]
+
+    def run(values: Values, span: Span) -> Tensor:
+        x = F.pad(_pad_rows(values(args["self"]), span), (padding[1], right))
+        sums = F.avg_pool2d(x, kernel, stride, divisor_override=1)
+        if args["divisor_override"]:
+            return sums / args["divisor_override"]
+        rows, cols = (torch.from_numpy(count).to(x) for count in (counts[0][span.a : span.b], counts[1]))
+        return sums / (rows[:, None] * cols)
+
+    return run
+
+
+def _window_counts(args: dict[str, Any], n_in: int, n_out: int, k: int, s: int, p: int) -> np.ndarray:
+    """How many rows each window of an average pool is divided by, as ATen counts them."""
+    start = np.arange(n_out) * s - p
+    stop = np.minimum(start + k, n_in + p)
+    if args["count_include_pad"]:
+        return stop - start
+    return np.minimum(stop, n_in) - np.maximum(start, 0)
+
+
+def _pad(node: fx.Node, flow: Flow) -> Kernel:
+    args = arguments(node)
+    amounts = list(args["padding"] if "padding" in args else args["pad"])
+    mode = pad_mode(operator_name(node), args)
+    assert flow.layout is not None
+    at = 2 * (-flow.layout.rows - 1)
+    top = amounts[at] if flow.rows is not None else 0
+    if at < len(amounts):
+        amounts[at : at + 2] = [0, 0]
+    value = args.get("value") or 0.0
+    axis = flow.layout.rows
+
+    def run(values: Values, span: Span) -> Tensor:
+        x = values(args["self"])
+        x = F.pad(x, amounts, mode, value) if any(amounts) else x
+        if flow.rows is None:
+            return x
+        if mode == "constant":
+            return F.pad(x, [0] * at + [span.above, span.below], "constant", value)
+        rows = torch.arange(span.a - top, span.b - top)
+        last = span.size_in - 1
+        folded = rows.abs() if mode == "reflect" else rows.clamp(min=0)
+        folded = torch.where(rows > last, 2 * last - rows if mode == "reflect" else last, folded)
+        return x.index_select(axis, (folded - span.read[0]).to(x.device))
+
+    return run
+
+
+def _pixel_shuffle(node: fx.Node, flow: Flow) -> Kernel:
+    args = arguments(node)
+    r = args["upscale_factor"]
+
+    def run(values: Values, span: Span) -> Tensor:
+        y = F.pixel_shuffle(values(args["self"]), r)
+        return y.narrow(-2, span.a - span.first * r, span.b - span.a)
+
+    return run
+
+
+def _slice(node: fx.Node, flow: Flow) -> Kernel:
+    if flow.rows is None:
+        return _as_it_is(node)
+    args = arguments(node)
+    assert flow.layout is not None
+    cut = (Ellipsis, slice(None, None, args["step"]), *[slice(None)] * (-flow.layout.rows - 1))
+
+    def run(values: Values, span: Span) -> Tensor:
+        return values(args["self"])[cut]
+
+    return run
+
+
+def _interpolation(node: fx.Node, flow: Flow) -> Kernel:
+    args = arguments(node)
+    source = args["input"]
+    before, after = result_shape(source)[-2:], result_shape(node)[-2:]
+    kind, factors = INTERPOLATIONS[operator_name(node)], resample_factors(args)
+    align_corners = args.get("align_corners", False)
+    whole = [_whole_factor(before[a], after[a], factors[a]) for a in (0, 1)]
+    if all(whole) and not align_corners and kind != "bicubic":
+        return _magnification(node, source, (whole[0], whole[1]))
+    dtype = node.meta["val"].dtype
+    taps = interpolation_taps(
+        kind, before[0], after[0], align_corners=align_corners, factor=factors[0], dtype=dtype
+    )
+    return _by_taps(source, taps, lambda x: interpolate_columns(x, after[1], kind, align_corners, factors[1]))
+
+
+def _whole_factor(size_in: int, size_out: int, factor: float | None) -> int:
+    """The whole number by which the size grows, or 0."""
+    whole = size_out // size_in
+    return whole if whole * size_in == size_out and factor in (None, whole) else 0
+
+
+def _magnification(node: fx.Node, source: fx.Node, factor: tuple[int, int]) -> Kernel:
+    """By a whole factor, the same taps recur row after row: the operator's own kernel, cropped, is exact."""
+    name = operator_name(node)
+
+    def run(values: Values, span: Span) -> Tensor:
+        x = values(source)
+        size = [x.shape[-2] * factor[0], x.shape[-1] * factor[1]]
+        operator = getattr(torch.ops.aten, name)
+        y = operator(x, size, False) if name == "upsample_bilinear2d" else operator(x, size)
+        return y.narrow(-2, span.a - span.read[0] * factor[0], span.b - span.a)
+
+    return run
+
+
+def _area(node: fx.Node, flow: Flow) -> Kernel:
+    source = arguments(node)["self"]
+    before, after = result_shape(source)[-2:], result_shape(node)[-2:]
+    taps = area_taps(before[0], after[0])
+    return _by_taps(source, taps, lambda x: interpolate_columns(x, after[1], "area", False, None))
+
+
+def _by_taps(source: fx.Node, taps: Taps, columns: Callable[[Tensor], Tensor]) -> Kernel:
+    def run(values: Values, span: Span) -> Tensor:
+        x = values(source)
+        here = Taps(taps.index[span.a : span.b], taps.weight[span.a : span.b])
+        wide = x if x.dtype == torch.float64 else x.float()  # one rounding at the end, as the operator does
+        return columns(resample_rows(wide, here, -2, span.read[0])).to(x.dtype)
+
+    return run
+
+
+def _pad_rows(x: Tensor, span: Span, value: float = 0.0) -> Tensor:
+    if not span.above and not span.below:
+        return x
+    return F.pad(x, (0, 0, span.above, span.below), value=value)
+
+
+_MAKERS: dict[str, Callable[[fx.Node, Flow], Kernel]] = {
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "expand"), _sized),
+    **dict.fromkeys(("unsqueeze", "squeeze"), _sized),
+    **dict.fromkeys(("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d"), _pad),
+    **dict.fromkeys(("max_pool2d", "max_pool2d_with_indices"), _max_pool),
+    **dict.fromkeys(INTERPOLATIONS, _interpolation),
+    **dict.fromkeys(("adaptive_avg_pool2d", "_adaptive_avg_pool2d"), _area),
+    "_native_batch_norm_legit_no_training": _batch_norm,
+    "conv2d": _convolution,
+    "conv_transpose2d": _transposed_convolution,
+    "avg_pool2d": _average_pool,
+    "pixel_shuffle": _pixel_shuffle,
+    "slice": _slice,
+}

@@ -1,0 +1,85 @@
+"""One network over one image too big for memory, row by row, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigvision.graph import trace_padded
+from bigvision.streaming.program import compile_program
+from bigvision.streaming.scan import step
+from bigvision.streaming.schedule import schedule
+from bigvision.streaming.source import ImageRows, RowSource
+
+
+class StreamedModel:
+    """A network prepared for scenes of one shape.
+
+    Args:
+        model: an eval-mode network of [1, C, H, W]; the streamed network shares its parameters.
+        shape: (C, H, W) of the scenes.
+        rows: image rows a step.
+        dtype: the precision to compute in.
+        device: where to compute.
+
+    Raises:
+        UntraceableError, UnsupportedOperatorError: the network can't be streamed; the message says why.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: tuple[int, int, int],
+        *,
+        rows: int = 64,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.shape = shape
+        self.rows, self.dtype, self.device = rows, dtype, torch.device(device)
+        traced, self.stride = trace_padded(model.eval(), shape)
+        self.program = compile_program(traced)
+
+    def stream(self, source: RowSource) -> Iterator[tuple[int, Tensor]]:
+        """Yield (row, y): y [1, K, h, w] holds rows row .. row + h of the whole image's output, in order."""
+        program = self.program
+        image = ImageRows(source, self.shape, program.traced.shape[1:], self.dtype, self.device)
+        held: dict[Any, Any] = program.finish({}, self._weights())
+        for walk in program.passes:
+            plan, lines = schedule(walk, self.rows), {}
+            sums: dict[Any, Any] = {}
+            pace = plan.made[walk.stages[0].node]
+            for t in range(plan.steps):
+                with torch.no_grad():
+                    done = step(walk, plan, t, image.read(int(pace[t]), int(pace[t + 1])), lines, held)
+                lines = done.lines
+                for node, taken in done.sums.items():
+                    sums[node] = program.statistics[node].merge(sums[node], taken) if node in sums else taken
+                if done.output is not None:
+                    yield from self._cropped(done.row, done.output)
+            held = program.finish(sums, held)
+        if program.output not in program.stages:
+            yield 0, held[program.output]
+
+    def __call__(self, source: RowSource) -> Tensor:
+        """The whole output, [1, K, h, w], or what an image-level network returns."""
+        pieces = [y for _, y in self.stream(source)]
+        return torch.cat(pieces, -2) if pieces[0].ndim == 4 else pieces[0]
+
+    def _weights(self) -> dict[Any, Any]:
+        return {
+            node: tensor.detach().to(self.device, self.dtype if tensor.is_floating_point() else None)
+            for node, tensor in self.program.traced.tensors.items()
+        }
+
+    def _cropped(self, row: int, y: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Without the rows and columns that only the padding gave."""
+        (_, height, width), (_, high, wide) = self.shape, self.program.traced.shape
+        size = self.program.stages[self.program.output].size
+        rows = -(-height * size // high) - row
+        cols = -(-width * y.shape[-1] // wide)
+        if rows > 0:
+            yield row, y[..., :rows, :cols]

@@ -1,0 +1,226 @@
+"""A traced network as a program of stages: what streams, what is held, and which passes over the image it takes.
+
+Every statistic over the image ends a pass: what depends on it can only run in a later one. A stage's level is
+the number of passes that must have ended before it can run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, fx
+
+from bigvision.graph.axes import AxisMap
+from bigvision.graph.flow import Flow, arguments, flows, refusal, streaming_inputs
+from bigvision.graph.trace import TracedGraph, operator_name, result_shape
+from bigvision.streaming.kernels import Kernel, Span, Values, kernel_for, span_of
+from bigvision.streaming.statistics import NORMALISATIONS, Statistic, normalise, statistic_for
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One streaming operator.
+
+    Attributes:
+        node: the operator in the traced graph.
+        inputs: its streaming inputs.
+        rows: which input rows its rows read; None: the same.
+        axis: the (negative) axis of its rows; `size` how many it has, `size_in` its inputs.
+        level: how many passes end before it can run.
+        input_axis: the axis of its inputs' rows.
+        free: it depends on no image row, only on held values, so it runs when its consumers ask.
+        kernel: computes some of its rows.
+    """
+
+    node: fx.Node
+    inputs: tuple[fx.Node, ...]
+    rows: AxisMap | None
+    axis: int
+    size: int
+    size_in: int
+    input_axis: int
+    level: int
+    free: bool
+    kernel: Kernel
+
+    @property
+    def grows(self) -> bool:
+        """It resamples a held value up to rows of an image."""
+        return not self.inputs and self.rows is not None
+
+    @property
+    def broadcasts(self) -> bool:
+        """It combines its inputs element by element, held ones too."""
+        return self.rows is None and operator_name(self.node) not in ("linear", "matmul")
+
+    def span(self, a: int, b: int) -> Span:
+        """What its rows a..b read."""
+        return span_of(self.rows, self.size_in, a, b)
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One walk over the image: the stages it runs, the statistics it sums, the rows it emits."""
+
+    stages: tuple[Stage, ...]
+    statistics: tuple[Statistic, ...]
+    output: Stage | None
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A network ready to be streamed.
+
+    Attributes:
+        traced: the graph it was made from.
+        stages: every streaming stage, in execution order, the image first.
+        held: the operators on whole values, in execution order.
+        statistics: by the node they finish into (or normalise).
+        output: the node whose value the network returns.
+    """
+
+    traced: TracedGraph
+    stages: dict[fx.Node, Stage]
+    held: tuple[fx.Node, ...]
+    statistics: dict[fx.Node, Statistic]
+    levels: dict[fx.Node, int]
+    output: fx.Node
+
+    @cached_property
+    def passes(self) -> tuple[Pass, ...]:
+        """The walks over the image, in order."""
+        last = max([self.levels[node] - 1 for node in self.statistics], default=-1)
+        if self.output in self.stages:
+            last = max(last, self.stages[self.output].level)
+        return tuple(self._pass(index, index == last) for index in range(last + 1))
+
+    def _pass(self, index: int, final: bool) -> Pass:
+        statistics = tuple(one for node, one in self.statistics.items() if self.levels[node] == index + 1)
+        wanted = {one.source for one in statistics}
+        output = self.stages.get(self.output) if final else None
+        if output is not None:
+            wanted.add(output.node)
+        for stage in reversed(self.stages.values()):
+            if stage.node in wanted:
+                wanted.update(stage.inputs)
+        return Pass(tuple(stage for node, stage in self.stages.items() if node in wanted), statistics, output)
+
+    def finish(
+        self, sums: dict[fx.Node, tuple[Tensor, ...]], known: dict[fx.Node, Any]
+    ) -> dict[fx.Node, Any]:
+        """Every held value that the weights (`known`) and the `sums` taken so far determine."""
+        values = dict(known)
+        values |= {node: self.statistics[node].finish(taken) for node, taken in sums.items()}
+        for node in self.held:
+            if node not in values and all(source in values for source in node.all_input_nodes):
+                args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return values
+
+
+def compile_program(traced: TracedGraph) -> Program:
+    """Lower a traced graph to stages.
+
+    Raises:
+        UnsupportedOperatorError: an operator that no row rule covers, by name and module path.
+    """
+    known = flows(traced)
+    output = _main_output(traced)
+    needed = _ancestors(output)
+    statistics = {
+        node: statistic_for(node, streaming_inputs(node, known)[0])
+        for node, flow in known.items()
+        if flow.statistic and node in needed
+    }
+    levels, free = _levels(known, statistics)
+    stages: dict[fx.Node, Stage] = {}
+    for node, flow in known.items():
+        if node in needed and flow.layout is not None:
+            stages[node] = _stage(node, flow, known, levels[node], free[node])
+    if traced.image not in stages:
+        raise ValueError("the network's output does not depend on the image")
+    held = tuple(n for n, f in known.items() if n in needed and f.layout is None and n.op == "call_function")
+    held = tuple(node for node in held if node not in statistics)
+    return Program(traced, stages, held, statistics, levels, output)
+
+
+def _main_output(traced: TracedGraph) -> fx.Node:
+    """The network's result: its only tensor, "out" of a dict, the first of a tuple."""
+    result = traced.rebuild(list(traced.outputs))
+    if isinstance(result, dict):
+        result = result.get("out", next(iter(result.values())))
+    while isinstance(result, list | tuple):
+        result = result[0]
+    return result
+
+
+def _ancestors(output: fx.Node) -> set[fx.Node]:
+    found, waiting = {output}, [output]
+    while waiting:
+        for source in waiting.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                waiting.append(source)
+    return found
+
+
+def _levels(
+    known: dict[fx.Node, Flow], statistics: Iterable[fx.Node]
+) -> tuple[dict[fx.Node, int], dict[fx.Node, bool]]:
+    levels: dict[fx.Node, int] = {}
+    free: dict[fx.Node, bool] = {}
+    ends = set(statistics)
+    for node, flow in known.items():
+        sources = [source for source in node.all_input_nodes if source in levels]
+        levels[node] = max((levels[source] for source in sources), default=0) + (node in ends)
+        streamed = [source for source in sources if known[source].layout is not None]
+        free[node] = node.op == "call_function" and all(free[source] for source in streamed)
+        if flow.layout is None:
+            free[node] = True
+    return levels, free
+
+
+def _stage(node: fx.Node, flow: Flow, known: dict[fx.Node, Flow], level: int, free: bool) -> Stage:
+    assert flow.layout is not None
+    inputs = tuple(streaming_inputs(node, known))
+    axis = flow.layout.rows
+    size = result_shape(node)[axis]
+    size_in = size
+    if node.op == "call_function" and flow.rows is not None:
+        size_in = flow.rows.size_in
+    if operator_name(node) in NORMALISATIONS and flow.statistic:
+        kernel = _normalisation(node)
+    elif node.op == "placeholder":
+        kernel = _unreachable
+    else:
+        kernel = kernel_for(node, flow)
+    _check_sizes(node, inputs, known, flow)
+    input_axis = next((known[source].layout.rows for source in inputs), axis)  # type: ignore[union-attr]
+    return Stage(node, inputs, flow.rows, axis, size, size_in, input_axis, level, free, kernel)
+
+
+def _check_sizes(node: fx.Node, inputs: Iterable[fx.Node], known: dict[fx.Node, Flow], flow: Flow) -> None:
+    """Operators that combine streams take them row for row."""
+    sizes = {result_shape(source)[known[source].layout.rows] for source in inputs}  # type: ignore[union-attr]
+    if len(sizes) > 1:
+        raise refusal(node, f"its inputs have {sorted(sizes)} rows")
+
+
+def _normalisation(node: fx.Node) -> Kernel:
+    args = arguments(node)
+    weight, bias = args.get("weight"), args.get("bias")
+    several = operator_name(node).startswith(("native", "_native"))
+
+    def run(values: Values, span: Span) -> Any:
+        given = [None if one is None else values(one) for one in (weight, bias)]
+        y = normalise(node, values(args["input"]), values(node), given[0], given[1])
+        return (y,) if several else y
+
+    return run
+
+
+def _unreachable(values: Values, span: Span) -> Any:
+    raise AssertionError("the image is read, not computed")
