@@ -2,7 +2,9 @@
 
 from heads.adaptive import AdaFace, MagFace
 from heads.checkpoint import CheckpointError, load_head, save_head
+from heads.clusters import clustered
 from heads.gates import sampled
+from heads.hashed import hashed
 from heads.head import ShardedMarginHead
 from heads.margin import Margin
 from heads.optimizers import SGD, Adam, RowwiseAdagrad
@@ -16,6 +18,8 @@ __all__ = [
     "Margin",
     "RowwiseAdagrad",
     "ShardedMarginHead",
+    "clustered",
+    "hashed",
     "load_head",
     "sampled",
     "save_head",

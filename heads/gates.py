@@ -35,8 +35,12 @@ class ActiveGate(Protocol):
         """The classes of this step; every own class is among them."""
         ...
 
-    def widen(self, given: GateInput, active: ActiveRows, sums: Tensor) -> ActiveRows | None:
-        """Further classes, disjoint from the first, once their sums of exponentials float64 [B] are known."""
+    def widen(self, given: GateInput, active: ActiveRows, lse: Tensor) -> ActiveRows | None:
+        """Further classes, disjoint from the first, once the log-denominators so far, float64 [B], are known."""
+        ...
+
+    def certify(self, given: GateInput, lse: Tensor) -> None:
+        """The final log-denominators, float64 [B]: what the gate can say of the mass it left out, it records."""
         ...
 
     def moved(self, rows: Rows, w: Tensor, inverse_norm: Tensor) -> None:
@@ -75,9 +79,12 @@ class GateSpec(Protocol):
 class StaticGate:
     """The parts of a gate that keeps nothing: nothing to widen, follow or save."""
 
-    def widen(self, given: GateInput, active: ActiveRows, sums: Tensor) -> ActiveRows | None:
+    def widen(self, given: GateInput, active: ActiveRows, lse: Tensor) -> ActiveRows | None:
         """Nothing more."""
         return None
+
+    def certify(self, given: GateInput, lse: Tensor) -> None:
+        """Nothing to say."""
 
     def moved(self, rows: Rows, w: Tensor, inverse_norm: Tensor) -> None:
         """Nothing to follow."""

@@ -14,11 +14,11 @@ from heads.adaptive import AdaptiveMargin
 from heads.collectives import Ranks, gather_batch
 from heads.counter import STREAM_ROUNDING, row_keys
 from heads.gates import GateSpec
+from heads.host_rows import HostRows
 from heads.idle import StepHistory
 from heads.kernel_choice import choose_kernels
-from heads.margin import Margin
-from heads.host_rows import HostRows
 from heads.mapped_rows import MappedRows
+from heads.margin import Margin
 from heads.optimizers import SGD, FusedSteps, RowOptimizer
 from heads.partition import ClassRange, class_range
 from heads.passes import Pass, backward_pass, forward_pass
@@ -170,6 +170,19 @@ class ShardedMarginHead(nn.Module):
             rows = slice(low, min(low + shard.tile, len(shard.classes)))
             own[rows] = shard.load(rows)[0]["weight"].detach()
         return torch.cat(self.ranks.gather(own))[: self.num_classes]
+
+    @torch.no_grad()
+    def dropped_share(self, features: Tensor, labels: Tensor) -> Tensor:
+        """The share of each valid sample's softmax that the gate leaves out, measured: float64 [V], all ranks'.
+
+        Costs a full softmax. Without a gate it is 0. Arguments and errors as those of the call.
+        """
+        batch = gather_batch(self.ranks, features, labels, self.dim, self.num_classes)
+        gated, whole = (
+            forward_pass(self.shard, self.ranks, self.margin, gate, batch, self.step, self._version)[1]
+            for gate in (self.gate, None)
+        )
+        return -torch.expm1((gated.lse - whole.lse).clamp_max(0.0))[whole.valid]
 
     def _run_forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Pass]:
         batch = gather_batch(self.ranks, features, labels, self.dim, self.num_classes)

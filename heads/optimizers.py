@@ -190,7 +190,7 @@ class FusedSteps(torch.optim.Optimizer):
     def __init__(self, anchor: Tensor, lr: float) -> None:
         super().__init__([anchor], {"lr": lr})
 
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """Nothing to do: backward has updated the centres. Returns closure(), if given."""
         return None if closure is None else closure()
 

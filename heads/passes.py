@@ -80,20 +80,19 @@ def forward_pass(
     given = GateInput(features.unit, batch.labels, own_rows, step)
     active = select(gate, given)
     others, own_cosine = log_sums(shard, ranks, active, features, own_rows)
-    if gate is not None:
-        more = gate.widen(given, active, others)
-        if more is not None:
-            further, _ = log_sums(shard, ranks, more, features, own_rows.new_full((len(own_rows),), -1))
-            others, active = torch.logaddexp(others, further), merge(active, more)
     target = apply_margin(margin, own_cosine, features.norms)
     own_logit = shard.scale * target.logit.psi.double()
     lse = torch.logaddexp(others, own_logit)
+    if gate is not None:
+        more = gate.widen(given, active, lse)
+        if more is not None:
+            further, _ = log_sums(shard, ranks, more, features, torch.full_like(own_rows, -1))
+            lse, active = torch.logaddexp(lse, further), merge(active, more)
+        gate.certify(given, lse)
     valid = batch.labels >= 0
     loss = torch.where(valid, lse - own_logit, 0.0).sum() / valid.sum().clamp_min(1)
-    lse = lse.to(shard.acc)
-    return loss.to(shard.acc), Pass(
-        batch, features, own_rows, active, own_cosine, target, lse, valid, version
-    )
+    done = Pass(batch, features, own_rows, active, own_cosine, target, lse, valid, version)
+    return loss.to(shard.acc), done
 
 
 def select(gate: ActiveGate | None, given: GateInput) -> ActiveRows:
@@ -152,9 +151,10 @@ def backward_pass(shard: Shard, ranks: Ranks, done: Pass, grad: Tensor, update: 
     """
     count = done.valid.sum().clamp_min(1)
     coefficient = torch.where(done.valid, grad.to(shard.acc) / count, 0.0)
-    p = torch.exp(shard.scale * done.target.logit.psi - done.lse)
+    lse = done.lse.to(shard.acc)
+    p = torch.exp(shard.scale * done.target.logit.psi - lse)
     d_psi = coefficient * (p - 1.0)
-    slopes = Slopes(done.lse, coefficient, d_psi * done.target.logit.d_cosine, done.own_cosine)
+    slopes = Slopes(lse, coefficient, d_psi * done.target.logit.d_cosine, done.own_cosine)
     d_u = ranks.sum_(walk_back(shard, done.active, done.features.u, done.own_rows, slopes, update))
     mine = done.batch.mine
     d_x = d_u[mine]

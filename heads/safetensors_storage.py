@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -66,7 +65,7 @@ class StreamedReader(HuggingFaceStorageReader):
 
     def _process_read_request(self, f: Any, req: ReadItem, planner: LoadPlanner) -> None:
         target = planner.resolve_tensor(req).detach()
-        source = f.get_slice(cast(MetadataIndex, req.storage_index).fqn)
+        source = f.get_slice(req.storage_index.fqn)
         rest = tuple(slice(o, o + n) for o, n in zip(req.storage_offsets[1:], req.lengths[1:], strict=True))
         rows = max(1, _BLOCK // max(1, target[:1].numel() * target.element_size()))
         for low in range(0, req.lengths[0], rows):
@@ -107,4 +106,4 @@ def _header(tensors: list[tuple[WriteItem, Tensor]]) -> bytes:
 def _blocks(tensor: Tensor) -> Iterator[memoryview]:
     flat = tensor.contiguous().view(-1).view(torch.uint8)
     for low in range(0, len(flat), _BLOCK):
-        yield memoryview(flat[low : low + _BLOCK].cpu().numpy())
+        yield flat[low : low + _BLOCK].cpu().numpy().data
