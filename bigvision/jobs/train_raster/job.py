@@ -1,0 +1,216 @@
+"""Train a network on labelled scenes, resumable at any moment, on one process or under `torchrun`."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from bigvision.jobs.train_raster.curves import Row, RunCurves, read_curve
+from bigvision.jobs.train_raster.data import TrainingData, balanced_weights, channels_of, open_data
+from bigvision.jobs.train_raster.losses import Loss, build_loss
+from bigvision.jobs.train_raster.network import build_network
+from bigvision.jobs.train_raster.optimisation import OPTIMIZERS, learning_rate
+from bigvision.jobs.train_raster.options import TrainOptions
+from bigvision.jobs.train_raster.parallel import Ranks, joined_ranks
+from bigvision.jobs.train_raster.run_folder import RunFolder, fingerprint_of, open_run
+from bigvision.jobs.train_raster.steps import CropSteps, Steps
+from bigvision.jobs.train_raster.validation import validate
+from bigvision.models.spec import parse_spec
+from datasets.pairs import Pair, read_pairs
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A finished run.
+
+    score: the best row of the validation curve (step, loss, accuracy, mean_iou, iou_0 ...), None without
+        held-out scenes. command: how `bigvision process` uses the weights.
+    """
+
+    folder: Path
+    weights: Path
+    steps: int
+    score: Row | None
+    command: str
+
+
+def train(pairs_file: Path, out: Path, options: TrainOptions, say: Say = print) -> TrainingResult:
+    """Train `options.model` on the scenes that `pairs_file` lists; everything goes to the folder `out`.
+
+    Killed at any moment, the same call goes on from the last checkpoint and ends with the weights of an
+    uninterrupted run. Under `torchrun` every rank calls it; rank 0 writes.
+
+    Raises:
+        ValueError: for input that doesn't fit (named), before any work starts; RuntimeError, naming step and
+            places, where a loss or gradient is not finite: the last checkpoint stays.
+    """
+    with joined_ranks(options.device) as ranks:
+        return _Run(pairs_file, out, options, ranks, say if ranks.leads else _silent).train()
+
+
+def _silent(text: str) -> None:
+    """What other ranks say."""
+
+
+class _Run:
+    """One run: what is fixed (data, options, folder) and what moves (weights, optimiser, best score)."""
+
+    def __init__(self, pairs_file: Path, out: Path, options: TrainOptions, ranks: Ranks, say: Say) -> None:
+        self.options, self.ranks, self.say = options, ranks, say
+        pairs = read_pairs(pairs_file)
+        self.channels = channels_of(pairs, options)
+        self.model, self.classes = build_network(options, self.channels)
+        self.data = open_data(pairs, options, self.classes)
+        self.model.to(ranks.device).to(memory_format=torch.channels_last)
+        self.loss = _loss(options, self.data, ranks.device)
+        self.optimizer: Optimizer = OPTIMIZERS[options.optimizer](
+            [p for p in self.model.parameters() if p.requires_grad], options.lr, options.weight_decay
+        )
+        files = _files(pairs, options)
+        asked = asdict(options) | {"overwrite": None, "tensorboard": None, "device": None}
+        self.folder = RunFolder(out, fingerprint_of(asked, [asdict(pair) for pair in pairs], files=files))
+        self.steps: Steps = CropSteps(self.data.train, options, self.loss, ranks)
+        self.total = self.steps.per_epoch * options.epochs
+        self.done, self.best = 0, -1.0
+
+    def train(self) -> TrainingResult:
+        """All steps that are still to do."""
+        self._resume()
+        if self.done == self.total:
+            self.say(f"{self.folder.path}: finished already ({self.total} steps)")
+            return self._result()
+        with ExitStack() as stack:
+            stack.callback(self.steps.close)
+            curves = stack.enter_context(self._curves())
+            started, first = time.monotonic(), self.done
+            while self.done < self.total:
+                curves.add_step(self.done + 1, *self._step())
+                self.done += 1
+                if self.done % self.steps.per_epoch == 0:
+                    self._end_epoch(curves, (time.monotonic() - started) / (self.done - first))
+                elif self.done % self.options.checkpoint_every == 0:
+                    self._checkpoint()
+        return self._result()
+
+    def _step(self) -> tuple[float, float]:
+        """One optimiser step; its learning rate and its loss over all ranks."""
+        options = self.options
+        rate = learning_rate(options.lr, options.schedule, self.done, self.total, options.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        result = self.steps(self.model, self.done)
+        weight = self.ranks.average_gradients(self.model, result.weight)
+        share = torch.tensor(result.loss * result.weight / weight, dtype=torch.float64)
+        loss = float(self.ranks.total(share.to(self.ranks.device)))
+        largest = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip or float("inf"))
+        if not (torch.isfinite(largest) and loss == loss and abs(loss) < float("inf")):
+            raise RuntimeError(
+                f"step {self.done + 1}: loss {loss}, gradient norm {float(largest)} at {result.places}; "
+                f"the last checkpoint stands in {self.folder.path}"
+            )
+        self.optimizer.step()
+        return rate, loss
+
+    def _end_epoch(self, curves: RunCurves, seconds: float) -> None:
+        epoch = self.done // self.steps.per_epoch
+        self.ranks.average_buffers(self.model)
+        loss = curves.mean_loss(self.steps.per_epoch)
+        text = f"epoch {epoch}/{self.options.epochs}  loss {loss:.4f}  {seconds:.2f} s a step"
+        better = True
+        if self.data.validation:
+            dtype = getattr(torch, self.options.dtype)
+            score = validate(self.model, self.data.validation, self.classes, self.ranks, dtype)
+            curves.add_score(self.done, score)
+            text += f"  held out: accuracy {score.accuracy:.4f}, mean IoU {score.mean_iou:.4f}"
+            better = score.mean_iou > self.best
+            self.best = max(self.best, score.mean_iou)
+        if self.ranks.leads and better:
+            self.folder.save_weights(self.model.network.state_dict())
+        self._checkpoint()
+        curves.draw(at_most_every=0 if self.done == self.total else 30)
+        self.say(text)
+
+    def _checkpoint(self) -> None:
+        self.ranks.average_buffers(self.model)
+        if self.ranks.leads:
+            self.folder.save_checkpoint(
+                {
+                    "step": self.done,
+                    "best": self.best,
+                    "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                }
+            )
+
+    def _resume(self) -> None:
+        """Take the folder, and the state of its checkpoint if it has one; rank 0 goes first."""
+        if self.ranks.leads:
+            open_run(self.folder, overwrite=self.options.overwrite)
+            self.folder.describe(self._description())
+        self.ranks.wait()
+        state = self.folder.load_checkpoint()
+        self.ranks.wait()
+        if state is None:
+            return
+        self.done, self.best = int(state["step"]), float(state["best"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.done < self.total:
+            self.say(f"{self.folder.path}: goes on from step {self.done} of {self.total}")
+
+    def _curves(self) -> RunCurves:
+        folder = self.folder.path if self.ranks.leads else None
+        return RunCurves(folder, self.classes, self.done, self.options.tensorboard)
+
+    def _description(self) -> dict[str, object]:
+        return {
+            "options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.options).items()},
+            "classes": self.classes,
+            "steps": self.total,
+            "process": process_command(self.options, self.folder),
+        }
+
+    def _result(self) -> TrainingResult:
+        scores = read_curve(self.folder.path / "validation.csv")
+        best = max(scores, key=lambda row: row["mean_iou"]) if scores else None
+        command = process_command(self.options, self.folder)
+        return TrainingResult(self.folder.path, self.folder.weights, self.done, best, command)
+
+
+def process_command(options: TrainOptions, folder: RunFolder) -> str:
+    """The `bigvision process` command that uses the weights of a run."""
+    words = ["bigvision process SCENE", f"--model '{options.model}'", f"--weights {folder.weights}"]
+    if options.bands:
+        words.append(f"--bands {','.join(map(str, options.bands))}")
+    if options.scale != 1:
+        words.append(f"--scale {options.scale:g}")
+    for name, values in (("mean", options.mean), ("std", options.std)):
+        if values is not None:
+            words.append(f"--{name} {','.join(f'{value:g}' for value in values)}")
+    return " ".join([*words, "--out DIR"])
+
+
+def _loss(options: TrainOptions, data: TrainingData, device: torch.device) -> Loss:
+    classes = len(data.counts)
+    weights = options.class_weights
+    if weights is None:
+        return build_loss(options.loss)
+    if isinstance(weights, str):
+        return build_loss(options.loss, torch.from_numpy(balanced_weights(data.counts)).to(device))
+    if len(weights) != classes or min(weights) < 0 or max(weights) == 0:
+        raise ValueError(f"--class-weights {weights} for {classes} classes")
+    return build_loss(options.loss, torch.tensor(weights, device=device))
+
+
+def _files(pairs: tuple[Pair, ...], options: TrainOptions) -> tuple[str, ...]:
+    """Every file that decides the result, as far as it is a file here."""
+    weights = () if options.weights is None else (str(options.weights),)
+    source = parse_spec(options.model).source
+    return (*(name for pair in pairs for name in (pair.scene, pair.labels)), *weights, source)

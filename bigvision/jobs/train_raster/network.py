@@ -1,0 +1,70 @@
+"""The network under training and its classes, whatever it returns.
+
+Shapes: C bands, K classes, H and W rows and columns.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from bigvision.graph.flow import UnsupportedOperatorError
+from bigvision.graph.geometry import geometry
+from bigvision.graph.trace import UntraceableError, trace
+from bigvision.jobs.train_raster.options import TrainOptions
+from bigvision.models.spec import load_model
+
+PROBE = 256
+
+
+class ClassLogits(nn.Module):
+    """The logits [N, K, H, W] of a network: entry `out` of a dict, and two classes for a single channel.
+
+    One channel x means a sigmoid, which is the softmax of (0, x).
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Image [N, C, H, W] to logits [N, K, H, W]."""
+        found = self.network(image)
+        logits = found["out"] if isinstance(found, dict) else found
+        if logits.shape[1] == 1:
+            logits = torch.cat([logits * 0, logits], dim=1)
+        return logits
+
+
+def build_network(options: TrainOptions, channels: int) -> tuple[ClassLogits, int]:
+    """The network with trainable parameters, and its number of classes.
+
+    Raises:
+        ValueError: where the model can't be built, doesn't take `channels` bands, or returns no map of logits
+            as large as its input; or where crops aren't a multiple of its stride.
+    """
+    model = ClassLogits(load_model(options.model, options.weights))
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    shape, stride = _output(model, channels)
+    if len(shape) != 4 or shape[2:] != (PROBE, PROBE):
+        raise ValueError(
+            f"model {options.model} turns {PROBE} x {PROBE} pixels into {shape}, not a map of their classes"
+        )
+    if options.crop % stride:
+        raise ValueError(f"--crop {options.crop} is not a multiple of the model's total stride {stride}")
+    if shape[1] > 255:
+        raise ValueError(f"model {options.model} has {shape[1]} classes; labels are bytes, 255 means none")
+    return model, shape[1]
+
+
+def _output(model: nn.Module, channels: int) -> tuple[tuple[int, ...], int]:
+    """Shape of the output for a probe image, and the total stride (1 where the graph doesn't tell)."""
+    try:
+        traced = trace(model, (channels, PROBE, PROBE))
+    except UntraceableError:
+        with torch.inference_mode():
+            return tuple(model(torch.zeros(1, channels, PROBE, PROBE)).shape), 1
+    try:
+        stride = geometry(traced).stride
+    except UnsupportedOperatorError:
+        stride = 1
+    return tuple(traced.outputs[0].meta["val"].shape), stride

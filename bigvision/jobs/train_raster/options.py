@@ -1,0 +1,76 @@
+"""What the user asked of `bigvision train`, checked before any work starts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bigvision.jobs.process.options import Options, parse_bytes
+from bigvision.jobs.train_raster.optimisation import OPTIMIZERS, SCHEDULES
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """One command's wishes. Pixels x enter the network as (x / scale - mean) / std; missing ones as 0.
+
+    crop: rows and columns of a random crop; 0 trains on whole scenes, each step one exact gradient.
+    batch: crops a step, over all ranks. Whole scenes take one scene a rank and step.
+    class_weights: one number a class, or "balanced" (inverse frequency in the training labels).
+    steps_per_epoch: by default as many as cover the training pixels once.
+    """
+
+    model: str
+    weights: Path | None = None
+    bands: tuple[int, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    scale: float = 1.0
+    loss: str = "cross_entropy"
+    class_weights: tuple[float, ...] | str | None = None
+    epochs: int = 10
+    crop: int = 256
+    batch: int = 8
+    steps_per_epoch: int | None = None
+    augment: bool = True
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    schedule: str = "cosine"
+    warmup: int = 0
+    clip: float | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    memory: str = "4GiB"
+    scratch: Path | None = None
+    checkpoint_every: int = 100
+    seed: int = 0
+    tensorboard: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("optimizer", tuple(OPTIMIZERS)),
+            ("schedule", tuple(SCHEDULES)),
+            ("dtype", ("float32", "bfloat16")),
+            ("device", ("auto", "cpu", "cuda")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name} {getattr(self, name)!r} is none of {', '.join(known)}")
+        for name, least in (("epochs", 1), ("crop", 0), ("batch", 1), ("warmup", 0), ("checkpoint_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}"
+                )
+        if self.steps_per_epoch is not None and self.steps_per_epoch < 1:
+            raise ValueError(f"--steps-per-epoch must be at least 1, got {self.steps_per_epoch}")
+        if not self.lr > 0 or self.weight_decay < 0 or (self.clip is not None and not self.clip > 0):
+            raise ValueError(
+                f"--lr and --clip must be positive and --weight-decay not negative, got {self.lr}, "
+                f"{self.clip} and {self.weight_decay}"
+            )
+        if isinstance(self.class_weights, str) and self.class_weights != "balanced":
+            raise ValueError(f"--class-weights {self.class_weights!r} is neither numbers nor balanced")
+        parse_bytes(self.memory)
+        self.reading()
+
+    def reading(self) -> Options:
+        """How scenes are opened and normalised: exactly as `bigvision process` does."""
+        return Options(model=self.model, bands=self.bands, mean=self.mean, std=self.std, scale=self.scale)

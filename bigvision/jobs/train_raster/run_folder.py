@@ -1,0 +1,122 @@
+"""The folder of one training run: checkpoint, weights, description; every file complete or absent.
+
+A run is identified by a fingerprint of everything that decides its result; a folder of another run is never
+continued.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bigvision import __version__
+from tiling.publish import publish, staging_name
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's files."""
+
+    path: Path
+    fingerprint: str
+
+    @property
+    def checkpoint(self) -> Path:
+        """Everything that resuming needs."""
+        return self.path / "checkpoint.pt"
+
+    @property
+    def weights(self) -> Path:
+        """The best weights so far, for `bigvision process`."""
+        return self.path / "weights.safetensors"
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint by `state` (tensors and plain values)."""
+        complete = {**state, "fingerprint": self.fingerprint}
+        _write(self.checkpoint, lambda staging: torch.save(complete, staging))
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The last checkpoint, None before the first; ValueError where it can't be read."""
+        if not self.checkpoint.is_file():
+            return None
+        try:
+            return torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{self.checkpoint}: not a readable checkpoint ({error})") from error
+
+    def save_weights(self, state: dict[str, Tensor]) -> None:
+        """Replace the weights."""
+        plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+        _write(self.weights, lambda staging: save_file(plain, staging))
+
+    def describe(self, description: dict[str, Any]) -> None:
+        """Write `run.json`: what was asked, and how to use the result."""
+        text = json.dumps(
+            {"bigvision": __version__, "fingerprint": self.fingerprint, **description}, indent=1
+        )
+        _write(self.path / "run.json", lambda staging: staging.write_text(text + "\n"))
+
+
+def open_run(folder: RunFolder, *, overwrite: bool = False) -> None:
+    """Make the folder of a run, or find the one that this run began.
+
+    Raises:
+        ValueError: something else stands there (with `overwrite`, another run is removed), or it can't be
+            written to.
+    """
+    path = folder.path
+    found = _found(path)
+    if found is not None and found != folder.fingerprint:
+        if not (overwrite and found):
+            hint = "another run; --overwrite replaces it" if found else "something else than a run"
+            raise ValueError(f"{path}: holds {hint}")
+        shutil.rmtree(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path}: can't be made: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"{path}: can't be written to")
+    for leftover in path.glob(".*.partial*"):
+        leftover.unlink()
+
+
+def _found(path: Path) -> str | None:
+    """The fingerprint of the run at `path`, "" for something that is no run, None for nothing."""
+    if not path.exists():
+        return None
+    if path.is_dir() and all(entry.match(".*.partial*") for entry in path.iterdir()):
+        return None
+    try:
+        return str(json.loads((path / "run.json").read_text())["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def fingerprint_of(*facts: Any, files: tuple[str, ...] = ()) -> str:
+    """A digest of facts (anything JSON can hold) and of the size and time of local files."""
+    seen = []
+    for file in files:
+        local = Path(file)
+        stats = local.stat() if local.exists() else None
+        seen.append((str(file), *((stats.st_size, stats.st_mtime_ns) if stats else ())))
+    text = json.dumps([__version__, facts, seen], default=str, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    staging = staging_name(path)
+    try:
+        write(staging)
+        publish(staging, path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
