@@ -66,6 +66,7 @@ def to_cog(
     tags: dict[str, str] | None = None,
     cache: int = CACHE_BYTES,
     threads: int | None = None,
+    scratch: str | PathLike[str] | None = None,
     overwrite: bool = False,
     progress: Callable[[float], object] | None = None,
 ) -> Raster:
@@ -79,7 +80,9 @@ def to_cog(
     cache: bytes that GDAL may keep of the pixels in memory. threads: that compress, by default one a core.
     progress: called with the fraction done, 0 to 1.
 
-    BIGTIFF is used where the size asks for it. Needs room beside `path` for a second, compressed copy.
+    scratch: a folder of the same file system for unfinished work, by default that of `path`.
+
+    BIGTIFF is used where the size asks for it. Needs room in `scratch` for a second, compressed copy.
     The file appears under its name when it is complete. Raises RasterError for what a COG can't hold.
     """
     target, colors = Path(path), colormap or raster.colormap
@@ -99,7 +102,9 @@ def to_cog(
     )
     check_free(target, overwrite)
     _check(plan, raster, target)
-    _make(plan, raster, target, cache, progress or _silent)
+    folder = Path(scratch) if scratch else target.parent
+    with gdal_cache(cache):
+        _make(plan, raster, target, folder, progress or _silent)
     return open_raster(target)
 
 
@@ -121,10 +126,12 @@ def _check(plan: _Plan, raster: Raster, target: Path) -> None:
         raise RasterError(f"{target}: overviews {plan.resampling!r} is none of {', '.join(_OVERVIEWS)}")
 
 
-def _make(plan: _Plan, raster: Raster, target: Path, cache: int, progress: Callable[[float], object]) -> None:
-    draft, final = staging_name(target), staging_name(target)
+def _make(
+    plan: _Plan, raster: Raster, target: Path, folder: Path, progress: Callable[[float], object]
+) -> None:
+    draft, final = staging_name(folder / target.name), staging_name(folder / target.name)
     try:
-        with gdal_cache(cache), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             _write_draft(raster, draft, plan, progress)
             _copy(draft, final, plan)
@@ -132,8 +139,9 @@ def _make(plan: _Plan, raster: Raster, target: Path, cache: int, progress: Calla
     except (RasterioError, OSError) as error:
         raise RasterError(f"{target}: can't be written: {' '.join(str(error).split())}") from error
     finally:
-        discard(draft)
-        discard(final)
+        # GDAL keeps unfinished overviews and masks beside the file that it writes.
+        for unfinished in [*folder.glob(f"{draft.name}*"), *folder.glob(f"{final.name}*")]:
+            discard(unfinished)
     progress(1.0)
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from affine import Affine
 from numpy.typing import NDArray
+from rasterio.windows import Window
 
 from tiling.conventions import describe_levels
 from tiling.errors import RasterError
 from tiling.grid import TileGrid
-from tiling.source import Array, Profile
+from tiling.source import Array, Profile, not_missing
 from tiling.zarr_source import ZarrSource
 
 SMALLEST = 256
@@ -45,7 +46,7 @@ def build_pyramid(
     for number, (size, grid) in enumerate(zip(sizes[1:], grids, strict=True), 1):
         _create(group, profile, number, size)
         for tile in grid:
-            _fill(group, number, tile.core.toslices(), chosen, profile.nodata)
+            _fill(group, number, tile.core, chosen, profile.nodata)
             done += 1
             if progress is not None:
                 progress(done, total)
@@ -129,18 +130,22 @@ def _shard(finest: Any, size: tuple[int, int]) -> tuple[int, int]:
     return shard[0], shard[1]
 
 
-def _fill(group: Any, number: int, window: tuple[slice, slice], method: str, nodata: float | None) -> None:
-    """One shard of a level from the 2 x 2 larger window of the finer one."""
-    from tiling.source import not_missing
-
+def _fill(group: Any, number: int, shard: Window, method: str, nodata: float | None) -> None:
+    """One shard of a level from the 2 x 2 larger window of the finer one, chunk by chunk."""
     finer, coarser = group[str(number - 1)], group[str(number)]
-    twice = tuple(slice(2 * s.start, 2 * s.stop) for s in window)
-    data = np.asarray(finer[:, *twice])
-    valid = not_missing(data, (nodata,) * data.shape[0])
-    masked = f"mask/{number}" in group
-    if masked:
-        valid &= np.asarray(group[f"mask/{number - 1}"][*twice]) > 0
-    out, some = halve(data, valid, method, nodata)
-    coarser[:, *window] = out
-    if masked:
-        group[f"mask/{number}"][*window] = some.any(axis=0).astype(np.uint8)
+    finer_mask, coarser_mask = group.get(f"mask/{number - 1}"), group.get(f"mask/{number}")
+    out = np.empty((finer.shape[0], shard.height, shard.width), finer.dtype)
+    shown = np.empty(out.shape[1:], np.uint8)
+    for piece in TileGrid(shard.height, shard.width, coarser.chunks[1:]):
+        here = piece.core.toslices()
+        start = (shard.row_off, shard.col_off)
+        twice = [slice(2 * (a + s.start), 2 * (a + s.stop)) for a, s in zip(start, here, strict=True)]
+        data = np.asarray(finer[:, *twice])
+        valid = not_missing(data, (nodata,) * data.shape[0])
+        if finer_mask is not None:
+            valid &= np.asarray(finer_mask[*twice]) > 0
+        out[:, *here], some = halve(data, valid, method, nodata)
+        shown[here] = some.any(axis=0)
+    coarser[:, *shard.toslices()] = out
+    if coarser_mask is not None:
+        coarser_mask[shard.toslices()] = shown

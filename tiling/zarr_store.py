@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], object]
 CHUNK = 512
 _CHUNK_BYTES = 4 * 2**20
+_SHARD_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def create_zarr(
     shape: (bands, height, width). nodata: also what unwritten pixels hold (0 without one).
     mask: keep a mask of pixels with data, for rasters without a nodata value.
     chunk: rows and columns that are compressed together. shard: rows and columns of one file, rounded up to
-        whole chunks; by default 4 x 4 chunks. (512, width) gives full-width bands of rows.
+        whole chunks; by default up to 4 x 4 chunks within 64 MiB. (512, width) gives full-width rows.
     staging: where the store grows until it is published, in the same file system; by default a hidden
         sibling. A known name lets `resume_zarr` go on after an interruption.
     Raises RasterError where something stands at `path` already (without `overwrite`) or values don't fit.
@@ -262,7 +263,7 @@ def to_zarr(
         tags={**about.tags, **(tags or {})},
         mask=masked,
         chunk=chunk,
-        shard=shard,
+        shard=shard or _like_source(raster, chunk),
         overwrite=overwrite,
     )
     try:
@@ -341,12 +342,28 @@ def _layout(
         raise RasterError(f"chunk must be at least 1 pixel, got {chunk}")
     rows, columns = min(chunk, height), min(chunk, width)
     together = max(1, min(bands, _CHUNK_BYTES // (rows * columns * dtype.itemsize)))
-    wanted = (shard, shard) if isinstance(shard, int) else shard or (4 * chunk, 4 * chunk)
+    wanted = (shard, shard) if isinstance(shard, int) else shard or _square(bands * dtype.itemsize, chunk)
     if min(wanted) < 1:
         raise RasterError(f"shard must be at least 1 pixel, got {wanted}")
     tall = _round_up(min(wanted[0], height), rows)
     wide = _round_up(min(wanted[1], width), columns)
     return (together, rows, columns), (_round_up(bands, together), tall, wide)
+
+
+def _square(pixel_bytes: int, chunk: int) -> tuple[int, int]:
+    """4, 2 or 1 chunks a side: a writer holds a shard in memory, so it stays within 64 MiB."""
+    sides = (side for side in (4, 2) if (side * chunk) ** 2 * pixel_bytes <= _SHARD_BYTES)
+    side = next(sides, 1) * chunk
+    return side, side
+
+
+def _like_source(raster: Raster, chunk: int) -> Pair | None:
+    """Shards of full rows for a source that stores full rows, which no one then has to read many times."""
+    bands, height, width = raster.shape
+    rows = min(chunk, height)
+    strips = raster.block_shape[1] >= width > 4 * chunk
+    fits = rows * width * bands * raster.dtype.itemsize <= 4 * _SHARD_BYTES
+    return (rows, width) if strips and fits else None
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -182,3 +182,17 @@ def test_progress_grows_to_one(write_tif, noise, tmp_path) -> None:
     seen: list[float] = []
     to_cog(open_raster(write_tif(noise(1, 900, 900))), tmp_path / "out.tif", progress=seen.append)
     assert seen == sorted(seen) and seen[-1] == 1.0 and len(seen) > 1
+
+
+def test_unfinished_work_lies_in_a_scratch_folder(write_tif, noise, tmp_path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "out").mkdir()
+    seen: list[list[str]] = []
+
+    def look(fraction: float) -> None:
+        seen.append([p.name for p in (tmp_path / "out").iterdir()])
+
+    source = open_raster(write_tif(noise(1, 900, 900)))
+    to_cog(source, tmp_path / "out" / "a.tif", scratch=tmp_path / "work", progress=look)
+    assert seen[:-1] == [[]] * (len(seen) - 1) and seen[-1] == ["a.tif"]
+    assert list((tmp_path / "work").iterdir()) == []
