@@ -31,9 +31,10 @@ class Anneal:
 
     def at(self, step: int) -> float:
         """The value at ``step``; exactly ``begin`` at 0 and exactly ``end`` from ``steps`` on."""
+        step = max(step, 0)
         if step >= self.steps:
             return self.end
-        done = max(step, 0) / self.steps
+        done = step / self.steps
         if self.curve == "cosine":
             done = (1 - math.cos(math.pi * done)) / 2
         return self.begin + (self.end - self.begin) * done

@@ -13,6 +13,11 @@ from .schedule import Anneal, value_at
 from .select import expert_choice, threshold, top_k
 
 
+def _round_up(value: float) -> int:
+    """Ceiling, but 0.07 * 100 is 7: a rounding error above is not a token more."""
+    return math.ceil(value - 1e-9)
+
+
 class Selection(Protocol):
     """What a gate needs of a selection."""
 
@@ -54,7 +59,7 @@ class TopK:
         previous: Tensor | None = None,
     ) -> Tensor:
         """Mask bool [T, E]; ``previous`` has no say."""
-        return top_k(scores, math.ceil(value_at(self.k, step)), force=force, allowed=allowed)
+        return top_k(scores, _round_up(value_at(self.k, step)), force=force, allowed=allowed)
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,5 @@ class ExpertChoice:
         """Mask bool [T, E]; refuses ``force``, which would break the budget."""
         if force is not None:
             raise ValueError("expert choice takes no forced pairs: an expert's budget has no room for them")
-        # A product such as 0.07 * 100 lands above 7 by a rounding error, which is not a token.
-        capacity = math.ceil(value_at(self.share, step) * len(scores) - 1e-9)
+        capacity = _round_up(value_at(self.share, step) * len(scores))
         return expert_choice(scores, capacity, allowed=allowed)

@@ -30,6 +30,7 @@ from bigvision.gating import (
 )
 
 WORLD = 4
+PATIENCE = timedelta(seconds=60)  # a rank that waits longer hangs
 DIM = 3
 # Tokens of each rank; groups of 1 and 2 take the first.
 SPLITS = [(3, 0, 5, 1), (0, 0, 0, 0), (0, 4, 0, 2), (6, 2, 1, 3)]
@@ -206,7 +207,7 @@ def check_balancer(group: Group) -> None:
 
 def scenario_exchange(folder: Path) -> None:
     for world in (1, 2, 4):
-        group = dist.new_group(list(range(world)))
+        group = dist.new_group(list(range(world)), timeout=PATIENCE)
         if dist.get_rank() < world:
             check_equals_one_process(group)
             check_bit_for_bit(group)
@@ -233,7 +234,7 @@ def sharded_output(gate: Gate, experts: Sequence[nn.Module], group: Group) -> tu
 
 def scenario_checkpoint(folder: Path) -> None:
     """Saved by 4 ranks, loaded by 2, 3 and 1: the same logits and outputs."""
-    groups = {world: dist.new_group(list(range(world))) for world in (4, 3, 2, 1)}
+    groups = {world: dist.new_group(list(range(world)), timeout=PATIENCE) for world in (4, 3, 2, 1)}
     rank = dist.get_rank()
     torch.manual_seed(11)  # the gate is shared by all ranks
     gate = make_gate()
@@ -272,7 +273,7 @@ def work(rank: int, scenario: str, folder: str) -> None:
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=WORLD,
-        timeout=timedelta(seconds=60),
+        timeout=PATIENCE,
     )
     SCENARIOS[scenario](Path(folder))
     dist.barrier()
