@@ -140,7 +140,7 @@ def _make(
         raise RasterError(f"{target}: can't be written: {' '.join(str(error).split())}") from error
     finally:
         # GDAL keeps unfinished overviews and masks beside the file that it writes.
-        for unfinished in [*folder.glob(f"{draft.name}*"), *folder.glob(f"{final.name}*")]:
+        for unfinished in [p for p in folder.iterdir() if p.name.startswith((draft.name, final.name))]:
             discard(unfinished)
     progress(1.0)
 
