@@ -1,6 +1,6 @@
 """Mistakes that mixtures of experts are known for, each shown and then shown to be out of the way.
 
-Ranks that hang when an expert got no tokens are in ranks_exchange.py (check_skipping_experts, banned experts).
+Ranks that hang when an expert got no tokens are in ranks_exchange.py (check_skipping_experts, banned ones).
 """
 
 import pytest
