@@ -1,14 +1,15 @@
 """How the network passes over one unit of a scene.
 
-An engine cuts the scene into units that are computed, stored and resumed one by one. Whatever computes a unit
-hands out pieces: a window of the scene and the logits there. Everything after that is shared.
+An engine cuts a scene into units that are computed, stored and resumed one by one. Whatever computes a unit
+hands out pieces: a window of the scene, the logits there, and where the scene has data. Everything after that
+is shared.
 
 Legend: C bands, K logits, h and w rows and columns.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,19 +19,29 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bigvision.jobs.process.network import Network
+from bigvision.jobs.process.scene import Scene
 from tiling import Tile
+
+Pixels = tuple[NDArray[np.float32], NDArray[np.bool_]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a unit's core: logits [K, h, w] over `window`, and where the scene has data, bool [h, w]."""
+
+    window: Window
+    logits: Tensor
+    valid: NDArray[np.bool_]
 
 
 class Engine(Protocol):
-    """Picklable; `pieces` runs in the one thread that owns the network."""
+    """Picklable. `read` may run ahead in any thread; `pieces` runs in the one that owns the network."""
 
-    def pieces(
-        self, network: Network, unit: Tile, pixels: NDArray[np.float32]
-    ) -> Iterator[tuple[Window, Tensor]]:
-        """Windows of the scene within `unit.core`, and their logits [K, h, w].
+    def read(self, scene: Scene, unit: Tile) -> Any:
+        """What `pieces` needs of the scene."""
 
-        pixels: what the scene holds in `unit.padded`, normalised, [C, h, w].
-        """
+    def pieces(self, network: Network, unit: Tile, read: Any) -> Iterator[Piece]:
+        """The parts of the core that have data, from top to bottom; what no piece covers is nodata."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +54,20 @@ class TilesEngine:
 
     stride: int
 
-    def pieces(
-        self, network: Network, unit: Tile, pixels: NDArray[np.float32]
-    ) -> Iterator[tuple[Window, Tensor]]:
-        """One piece: the core."""
-        image = torch.from_numpy(pixels)
-        below, beside = (-side % self.stride for side in image.shape[1:])
-        logits = network(pad(image, (0, beside, 0, below)) if below or beside else image)
-        yield unit.core, logits[:, *unit.crop]
+    def read(self, scene: Scene, unit: Tile) -> Pixels:
+        """The padded tile, float32 [C, h, w], and where it has data."""
+        return scene.read(unit.padded)
+
+    def pieces(self, network: Network, unit: Tile, read: Pixels) -> Iterator[Piece]:
+        """One piece, the core; none where it is all nodata."""
+        pixels, valid = read
+        shown = valid[unit.crop]
+        if shown.any():
+            yield Piece(unit.core, network(to_strides(pixels, self.stride))[:, *unit.crop], shown)
+
+
+def to_strides(pixels: NDArray[np.float32], stride: int) -> Tensor:
+    """[C, h, w] with zeros below and on the right up to whole strides."""
+    image = torch.from_numpy(pixels)
+    below, beside = (-side % stride for side in image.shape[1:])
+    return pad(image, (0, beside, 0, below)) if below or beside else image

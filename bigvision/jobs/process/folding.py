@@ -6,10 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
-
-@torch.inference_mode()
+@torch.no_grad()  # parameters made in inference mode could not be used outside of it
 def fold_batch_norms(model: nn.Module, example: Tensor) -> int:
     """Fold every batch norm that follows its convolution, in place; returns how many.
 
@@ -22,7 +20,7 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> int:
         return 0
     before = _tensor(model(example))
     names = {id(module): name for name, module in model.named_modules()}
-    originals = {}
+    originals: dict[str, nn.Module] = {}
     for conv, norm in pairs:
         fused = fuse_conv_bn_eval(conv, norm)
         originals[names[id(conv)]] = conv

@@ -1,22 +1,67 @@
 """The whole command: every scene, one after the other, with progress, a closing table and a report."""
 
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
 
 from bigvision.jobs.process.batch import find_scenes
+from bigvision.jobs.process.cluster import open_client
+from bigvision.jobs.process.display import print_table, show_progress
+from bigvision.jobs.process.network import network_spec
 from bigvision.jobs.process.options import Options
-from bigvision.jobs.process.run import Outcome, run_scene
+from bigvision.jobs.process.report import write_report
+from bigvision.jobs.process.run import Outcome, Watcher, run_scene
+from bigvision.jobs.process.usage import MemoryWatch
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 
 def process_scenes(scenes: Sequence[str], out: Path, options: Options, *, report: Path | None = None) -> bool:
-    """Process scenes into the folder `out`; True if all succeeded."""
+    """Process scenes (files, globs, directories) into the folder `out`; True if all succeeded.
+
+    What is wrong with one scene is told in the closing table and stops no other. ValueError or OSError is
+    raised for what concerns them all: no scene, a folder that can't be written, a scheduler that is silent.
+    """
     found = find_scenes(scenes, out, options)
-    out.mkdir(parents=True, exist_ok=True)
+    network_spec(options, channels=1)  # a device that isn't here concerns every scene
+    _check_writable(out)
+    console = Console(stderr=True)
     outcomes = []
-    for paths, target in found:
-        try:
-            outcomes.append(run_scene(paths, target, options))
-        except (ValueError, OSError, RuntimeError) as error:
-            outcomes.append(Outcome(paths[0], str(target), "failed", error=str(error)))
-        print(outcomes[-1])
+    with open_client(options) as client, MemoryWatch() as watch:
+        for paths, target in found:
+            watch.restart()
+            with show_progress(console, watch) as watcher:
+                outcome = _attempt(paths, target, options, client, watcher)
+            outcomes.append(replace(outcome, peak_bytes=watch.peak))
+            if outcome.warning:
+                console.print(f"warning: {outcome.scene}: {outcome.warning}", highlight=False, soft_wrap=True)
+            if report is not None:
+                write_report(report, outcomes)
+    print_table(Console(), outcomes)
     return all(outcome.status != "failed" for outcome in outcomes)
+
+
+def _attempt(
+    paths: tuple[str, ...], target: Path, options: Options, client: "Client | None", watcher: Watcher
+) -> Outcome:
+    try:
+        return run_scene(paths, target, options, client=client, watcher=watcher)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        return Outcome(paths[0], str(target), "failed", error=told)
+
+
+def _check_writable(out: Path) -> None:
+    """OSError, naming the folder, unless a file can be made in it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+    except OSError as error:
+        raise OSError(f"{out}: can't be written to: {error.strerror or error}") from error

@@ -68,7 +68,7 @@ def load_network(spec: NetworkSpec) -> Network:
         fold_batch_norms(module, _example(spec.channels))
     dtype = getattr(torch, spec.dtype)
     module.to(device=spec.device, dtype=dtype)
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module.to(memory_format=torch.channels_last)
     if spec.compile:
         module.compile(dynamic=False)
     return Network(module, classes, dtype, spec.device, state, architecture)
@@ -93,7 +93,7 @@ def state_hash(module: nn.Module) -> str:
         if isinstance(tensor, Tensor):
             flat = tensor.detach().cpu().contiguous()
             digest.update(f"{name} {flat.dtype} {tuple(flat.shape)}".encode())
-            digest.update(flat.reshape(-1).view(torch.uint8).numpy())
+            digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

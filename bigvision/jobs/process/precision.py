@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rasterio.windows import Window
-from torch import Tensor
 
+from bigvision.jobs.process.engine import to_strides
 from bigvision.jobs.process.network import Network, NetworkSpec, load_network
 from bigvision.jobs.process.options import Options
 from bigvision.jobs.process.results import ResultKind
@@ -18,7 +18,7 @@ from bigvision.jobs.process.scene import Scene
 
 Region = tuple[NDArray[np.float32], NDArray[np.bool_]]  # pixels [C, h, w], where they have data [h, w]
 
-_SIDE = 512  # rows and columns of a compared region
+_LARGE = 4096  # a scene of this many rows and columns is compared in larger regions
 _REGIONS = 4
 _CANDIDATES = 4  # a side: regions with the most data are taken from a grid of this many squared
 
@@ -64,7 +64,7 @@ def agreement_of(
     """The part of the valid pixels of `regions` ([C, h, w], bool [h, w]) to which both give one class."""
     same = total = 0
     for pixels, valid in regions:
-        image = _to_strides(torch.from_numpy(pixels), stride)
+        image = to_strides(pixels, stride)
         rows, columns = valid.shape
         one, other = (kind.classes(net(image)[:, :rows, :columns]).cpu() for net in (exact, quick))
         same += int(((one == other) & torch.from_numpy(valid)).sum())
@@ -86,21 +86,16 @@ def has_fast_bfloat16(device: str) -> bool:
 def _regions(scene: Scene) -> list[Region]:
     """A few windows with the most data among evenly spread ones; none where all is nodata."""
     _, height, width = scene.shape
-    rows, columns = _starts(height), _starts(width)
+    side = 512 if min(height, width) >= _LARGE else 256
     read = [
-        scene.read(Window(left, top, min(_SIDE, width), min(_SIDE, height)))
-        for top in rows
-        for left in columns
+        scene.read(Window(left, top, min(side, width), min(side, height)))
+        for top in _starts(height, side)
+        for left in _starts(width, side)
     ]
     read.sort(key=lambda region: -int(region[1].sum()))
     return [region for region in read[:_REGIONS] if region[1].any()]
 
 
-def _starts(size: int) -> list[int]:
-    free = max(size - _SIDE, 0)
+def _starts(size: int, side: int) -> list[int]:
+    free = max(size - side, 0)
     return sorted({free * (2 * i + 1) // (2 * _CANDIDATES) for i in range(_CANDIDATES)})
-
-
-def _to_strides(image: Tensor, stride: int) -> Tensor:
-    below, beside = (-side % stride for side in image.shape[1:])
-    return torch.nn.functional.pad(image, (0, beside, 0, below))

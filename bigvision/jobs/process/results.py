@@ -6,9 +6,7 @@ Legend: K logits of a pixel, h and w rows and columns, B bands written.
 import colorsys
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 Colormap = dict[int, tuple[int, int, int, int]]
@@ -69,12 +67,6 @@ class ResultKind:
         if self.channels == 1:
             return logits[0].float().sigmoid() > self.threshold
         return logits.argmax(0)
-
-    def blank(self, pixels: NDArray[np.generic], valid: NDArray[np.bool_]) -> NDArray[np.generic]:
-        """`pixels` [B, h, w] with nodata where not `valid` [h, w]."""
-        if valid.all():
-            return pixels
-        return np.where(valid, pixels, np.asarray(self.nodata, pixels.dtype))
 
 
 def _color(k: int) -> tuple[int, int, int, int]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bigvision.jobs.process.cluster import threads_each
 from bigvision.jobs.process.engine import TilesEngine
 from bigvision.jobs.process.finishing import finish
 from bigvision.jobs.process.geometry import analyse
@@ -16,7 +17,7 @@ from bigvision.jobs.process.precision import choose_precision
 from bigvision.jobs.process.provenance import TAG, Provenance, provenance
 from bigvision.jobs.process.results import ResultKind
 from bigvision.jobs.process.scene import Scene, open_scene
-from bigvision.jobs.process.units import UnitRunner
+from bigvision.jobs.process.units import UnitRunner, Unread, Work
 from tiling import RasterError, ZarrWriter, create_zarr, gdal_cache, open_raster, resume_zarr
 from tiling.mapping import map_tiles
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 class Outcome:
     """What became of one scene. status: "done", "already done" or "failed" (then `error` says why).
 
-    pixels: of the scene; computed: of them in this run (the rest was finished before); seconds: of this run.
+    pixels: of the scene; computed: of them in this run (the rest was finished before); seconds and
+    peak_bytes (all processes here): of this run.
     """
 
     scene: str
@@ -39,6 +41,7 @@ class Outcome:
     pixels: int = 0
     computed: int = 0
     seconds: float = 0.0
+    peak_bytes: int = 0
     plan: Plan | None = None
 
 
@@ -162,11 +165,10 @@ def _compute(
     watcher.planned(scene.raster.name, plan, scene.shape[1] * scene.shape[2], pixels)
     final = replace(spec, dtype=plan.dtype, compile=options.compile)
     kind = ResultKind(options.output, load_network(spec).classes, options.threshold)
-    threads = None if client is None else 1
-    runner = UnitRunner(final, TilesEngine(plan.stride), kind, writer, ledger, threads)
+    work = Work(scene, final, TilesEngine(plan.stride), kind, writer, ledger, threads_each(options))
 
     def progress(_: int, total: int) -> None:
         watcher.computed(pixels / total)
 
-    map_tiles(runner, scene, None, left, client=client, workers=UNITS_AT_ONCE, progress=progress)
+    map_tiles(UnitRunner(work), Unread(), None, left, client=client, workers=UNITS_AT_ONCE, progress=progress)
     return pixels

@@ -36,8 +36,8 @@ class Scene:
     def read(self, window: Window) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Normalised pixels float32 [C, h, w] and where the window has data, bool [h, w]."""
         pixels = self.raster.read(window, masked=True)
-        missing = np.ma.getmaskarray(pixels)
-        valid = ~missing.all(axis=0)
+        missing: NDArray[np.bool_] = np.ma.getmaskarray(pixels)
+        valid: NDArray[np.bool_] = np.logical_not(missing.all(axis=0))
         values = np.ma.getdata(pixels)
         if np.issubdtype(values.dtype, np.floating):
             broken = ~np.isfinite(values) & ~_named(values, self.raster.nodata)

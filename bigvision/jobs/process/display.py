@@ -1,0 +1,101 @@
+"""What the user sees: a progress bar while scenes are processed, and a table at the end."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from bigvision.jobs.process.planning import Plan
+from bigvision.jobs.process.run import Outcome, Watcher
+from bigvision.jobs.process.usage import MemoryWatch
+
+
+class _Speed(ProgressColumn):
+    """Megapixels a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{(task.speed or 0) / 1e6:.2f} Mpx/s")
+
+
+class _Memory(ProgressColumn):
+    """Resident memory of all processes here."""
+
+    def __init__(self, watch: MemoryWatch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{self.watch.now / 2**30:.2f} GiB")
+
+
+class Bar(Watcher):
+    """One line for the scene in work."""
+
+    def __init__(self, progress: Progress, console: Console) -> None:
+        self.progress, self.console = progress, console
+        self.task = progress.add_task("", total=None)
+
+    def planned(self, scene: str, plan: Plan, pixels: int, left: int) -> None:
+        """Say how the scene is cut, and set the bar to what is left."""
+        agreement = "" if plan.agreement is None else f" (classes agree on {plan.agreement:.2%})"
+        resumed = "" if left == pixels else f"; {1 - left / pixels:.0%} was finished before"
+        self.console.print(
+            f"{scene}: {plan.exactness}, {plan.dtype}{agreement}, tiles of {plan.tile} px with a halo of "
+            f"{plan.halo} px, about {plan.predicted_bytes / 2**30:.1f} GiB{resumed}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        self.progress.reset(self.task, total=max(left, 1), description=Path(scene).name)
+
+    def computed(self, pixels: float) -> None:
+        """Move the bar."""
+        self.progress.advance(self.task, pixels)
+
+    def finishing(self, fraction: float) -> None:
+        """The bar is full; say what still goes on."""
+        self.progress.update(self.task, description=f"writing {fraction:.0%}")
+
+
+@contextmanager
+def show_progress(console: Console, watch: MemoryWatch) -> Iterator[Watcher]:
+    """A bar with speed, time left and memory."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        _Speed(),
+        TimeRemainingColumn(),
+        _Memory(watch),
+    )
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=60) as progress:
+        yield Bar(progress, console)
+
+
+def print_table(console: Console, outcomes: Sequence[Outcome]) -> None:
+    """What became of each scene."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("scene", "status", "Mpx", "Mpx/s", "memory", "result or error"):
+        table.add_column(name, overflow="fold", justify="right" if name.startswith("M") else "left")
+    for outcome in outcomes:
+        speed = outcome.computed / outcome.seconds / 1e6 if outcome.seconds and outcome.computed else 0
+        table.add_row(
+            Path(outcome.scene).name,
+            outcome.status,
+            f"{outcome.pixels / 1e6:.1f}" if outcome.pixels else "",
+            f"{speed:.2f}" if speed else "",
+            f"{outcome.peak_bytes / 2**30:.2f} GiB" if outcome.peak_bytes else "",
+            outcome.error or outcome.result,
+        )
+    console.print(table, highlight=False, soft_wrap=not console.is_terminal)

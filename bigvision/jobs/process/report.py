@@ -1,0 +1,20 @@
+"""The report for programs: one JSON document of all scenes."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from bigvision.jobs.process.run import Outcome
+
+
+def write_report(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """{"scenes": [...]}, each with the fields of `Outcome` and its megapixels a second; appears complete."""
+    scenes = [asdict(outcome) | {"mpx_per_second": _speed(outcome)} for outcome in outcomes]
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(json.dumps({"scenes": scenes}, indent=1), encoding="utf-8")
+    beside.replace(path)
+
+
+def _speed(outcome: Outcome) -> float | None:
+    return outcome.computed / outcome.seconds / 1e6 if outcome.computed and outcome.seconds else None
