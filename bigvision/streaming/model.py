@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bigvision.graph import trace_padded
+from bigvision.streaming.backward import BackwardResult, Budget, backward
+from bigvision.streaming.losses import Loss
 from bigvision.streaming.program import compile_program
 from bigvision.streaming.scan import step
 from bigvision.streaming.schedule import schedule
@@ -68,6 +70,18 @@ class StreamedModel:
         """The whole output, [1, K, h, w], or what an image-level network returns."""
         pieces = [y for _, y in self.stream(source)]
         return torch.cat(pieces, -2) if pieces[0].ndim == 4 else pieces[0]
+
+    def backward(
+        self, source: RowSource, target: Any, loss: Loss, *, mask: Any = None, budget: Budget | None = None
+    ) -> BackwardResult:
+        """Add the exact gradient of `loss` over the whole scene to the parameters' `grad`.
+
+        See `bigvision.streaming.backward.backward`: `target` is [H, W] or [K, H, W], sliceable by rows (for a
+        network with one answer for the image, what the loss takes), `mask` [H, W] true where a pixel counts.
+        """
+        image = ImageRows(source, self.shape, self.program.traced.shape[1:], self.dtype, self.device)
+        budget = budget or Budget(rows=self.rows)
+        return backward(self.program, image, target, loss, mask=mask, budget=budget)
 
     def _weights(self) -> dict[Any, Any]:
         return {

@@ -1,0 +1,73 @@
+"""What a pass takes in memory, read off its schedule before a pixel is.
+
+Legend: t step, T steps of a pass.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from bigvision.graph.trace import operator_name
+from bigvision.streaming.checkpoints import StepBytes
+from bigvision.streaming.program import Pass, Program, Stage
+from bigvision.streaming.schedule import Schedule, schedule
+
+# A step's tape holds its results; while it is differentiated, gradients of the widest of them come on top.
+GRADIENTS_ALIVE = 3
+
+# They give (a part of) their input's own memory.
+_VIEWS = frozenset(("getitem", "view", "split", "chunk", "slice", "permute", "transpose", "alias", "detach"))
+
+
+def row_bytes(stage: Stage, dtype: torch.dtype) -> int:
+    """Bytes of one row of a stage's (first) result, computed in `dtype`."""
+    value: Any = stage.node.meta["val"]
+    first = value[0] if isinstance(value, list | tuple) else value
+    width = dtype.itemsize if first.is_floating_point() else first.element_size()
+    return math.prod(first.shape) // stage.size * width
+
+
+def state_bytes(walk: Pass, plan: Schedule, dtype: torch.dtype) -> np.ndarray:
+    """Bytes of the line buffers before every step and after the last, int64 [T + 1]."""
+    total = np.zeros(plan.steps + 1, np.int64)
+    for stage in walk.stages:
+        total += (plan.made[stage.node] - plan.kept[stage.node]) * row_bytes(stage, dtype)
+    return total
+
+
+def tape_bytes(walk: Pass, plan: Schedule, dtype: torch.dtype) -> np.ndarray:
+    """Bytes that every step's results and their gradients take at once, int64 [T]."""
+    results = np.zeros(plan.steps, np.int64)
+    widest = np.zeros(plan.steps, np.int64)
+    for stage in walk.stages:
+        if operator_name(stage.node) in _VIEWS and stage.node.op == "call_function":
+            continue
+        made, kept = plan.made[stage.node], plan.kept[stage.node]
+        fresh = np.diff(made)
+        joined = np.where((fresh > 0) & (made[:-1] > kept[:-1]), made[1:] - kept[:-1], 0)
+        size = (fresh + joined) * row_bytes(stage, dtype)
+        results += size
+        widest = np.maximum(widest, size)
+    return results + GRADIENTS_ALIVE * widest
+
+
+def step_bytes(program: Program, walk: Pass, rows: int, dtype: torch.dtype) -> StepBytes:
+    """What differentiating a pass takes at `rows` image rows a step."""
+    plan = schedule(walk, rows)
+    state = int(state_bytes(walk, plan, dtype).max())
+    weights = sum(_weight_bytes(node, program, dtype) for node in program.traced.tensors)
+    # The state read, its gradient, and the gradient of the state left.
+    return StepBytes(rows, plan.steps, state, weights + 3 * state + int(tape_bytes(walk, plan, dtype).max()))
+
+
+def _weight_bytes(node: fx.Node, program: Program, dtype: torch.dtype) -> int:
+    """A weight as it is computed with, and its gradient."""
+    tensor = program.traced.tensors[node]
+    if not tensor.is_floating_point():
+        return tensor.numel() * tensor.element_size()
+    return tensor.numel() * (dtype.itemsize * 2 + max(tensor.element_size(), 4))
