@@ -76,7 +76,7 @@ class CropSteps:
         value = self.loss(logits, target)
         model.zero_grad(set_to_none=True)
         value.backward()
-        return StepResult(float(value), float(len(crops)), self._places(crops))
+        return StepResult(float(value.detach()), float(len(crops)), self._places(crops))
 
     def close(self) -> None:
         """Stop reading ahead."""
