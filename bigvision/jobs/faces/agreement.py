@@ -14,7 +14,7 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
-class FaceJobError(Exception):
+class FaceJobError(ValueError):
     """A failure that every rank has been told of; the text names the rank it happened on."""
 
 

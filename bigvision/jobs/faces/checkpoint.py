@@ -20,10 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bigvision.jobs.faces.agreement import World
-from bigvision.jobs.faces.head_files import load_head, save_head
 from bigvision.models.embedding import BackboneSpec, save_backbone
 from bigvision.models.weights import load_weights
-from heads import ShardedMarginHead
+from heads import ShardedMarginHead, load_head, save_head
 
 NAME = re.compile(r"step-(\d{8})")
 

@@ -1,0 +1,206 @@
+"""Take over work done with InsightFace `arcface_torch`: its backbones, its training checkpoints, its configs.
+
+backbone    `backbone.pth`, `model.pt`: a state dict                          -> our safetensors
+checkpoint  `checkpoint_gpu_0.pt ...` of all ranks: backbone and centres      -> safetensors of both
+config      `configs/NAME.py`: assignments to `config.X`, read and not run    -> our command line
+"""
+
+import ast
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bigvision.models.embedding import BackboneSpec, build_backbone, save_backbone
+
+NETWORKS = {
+    "r18": "iresnet18",
+    "r34": "iresnet34",
+    "r50": "iresnet50",
+    "r100": "iresnet100",
+    "mbf": "mobilefacenet",
+    "mbf_large": "mobilefacenet_large",
+}
+RANK_FILE = re.compile(r"checkpoint_gpu_(\d+)\.pt")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written."""
+
+    backbone: Path
+    spec: BackboneSpec
+    centres: Path | None
+    classes: int
+
+
+def convert_weights(source: Path, out: Path, backbone: str | None = None) -> Converted:
+    """Convert a state dict, or a folder of per-rank checkpoints with their centres joined in class order.
+
+    `out` is the backbone's file; centres go beside it as `NAME.centres.safetensors`. Without `backbone` the
+    network is told by its parameter names. Raises ValueError for files that are missing, don't fit, or are no
+    state dicts.
+    """
+    if source.is_dir():
+        states = [_read(path) for path in _rank_files(source)]
+        state = _entry(states[0], "state_dict_backbone", source)
+        centres = torch.cat([_entry(part, "state_dict_softmax_fc", source)["weight"] for part in states])
+    else:
+        loaded = _read(source)
+        state, centres = loaded.get("state_dict_backbone", loaded), None
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    name = backbone or recognise(state)
+    spec = BackboneSpec(name, *_sizes(state, name))
+    model = build_backbone(spec)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{source} does not fit {name}: {str(error).splitlines()[-1].strip()}") from error
+    save_backbone(model, spec, out)
+    path = None if centres is None else _save_centres(centres, out)
+    return Converted(out, spec, path, 0 if centres is None else len(centres))
+
+
+def recognise(state: dict[str, Tensor]) -> str:
+    """The name of the backbone a state dict belongs to; ValueError where it is none of ours."""
+    if "conv_sep.layers.0.weight" in state:
+        wide = state["conv_sep.layers.0.weight"].shape[1] > 256
+        return "mobilefacenet_large" if wide else "mobilefacenet"
+    units = [len({key.split(".")[1] for key in state if key.startswith(f"layer{n}.")}) for n in range(1, 5)]
+    known = {(2, 2, 2, 2): "18", (3, 4, 6, 3): "34", (3, 4, 14, 3): "50", (3, 13, 30, 3): "100"}
+    depth = next((name for depths, name in known.items() if list(depths) == units), None)
+    if depth is None or "fc.weight" not in state:
+        raise ValueError(
+            f"weights with {units} residual units in four layers are none of the known backbones"
+        )
+    return f"iresnet{depth}"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The literal values that a config assigns to `config.NAME`; nothing of the file is run.
+
+    Raises ValueError where the file is no Python, or a value is more than a literal.
+    """
+    try:
+        tree = ast.parse(path.read_text(), str(path))
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no Python file: {error}") from error
+    found: dict[str, Any] = {}
+    for statement in tree.body:
+        if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Attribute):
+            continue
+        name = statement.targets[0].attr
+        try:
+            found[name] = _literal(statement.value)
+        except ValueError as error:
+            raise ValueError(f"{path} line {statement.lineno}: {name} is more than a plain value") from error
+    if not found:
+        raise ValueError(f"{path} assigns nothing to a config")
+    return found
+
+
+def config_arguments(config: dict[str, Any], ranks: int) -> tuple[list[str], list[str]]:
+    """Arguments of `bigvision face train`, and the settings that have no counterpart here.
+
+    `ranks` turns the batch of a GPU into the batch of all. Raises ValueError for a network that isn't ours.
+    """
+    taken: dict[str, str] = {}
+    rest = dict(config)
+    network = rest.pop("network", "r50")
+    if network not in NETWORKS:
+        raise ValueError(f"network {network!r} is none of {', '.join(NETWORKS)}")
+    taken["backbone"] = NETWORKS[network]
+    margin = rest.pop("margin_list", None)
+    if margin is not None:
+        taken["margin"] = ",".join(f"{value:g}" for value in margin)
+    rate = rest.pop("sample_rate", 1)
+    taken["active"] = "all" if rate >= 1 else f"sampled:{rate:g}"
+    taken["batch-size"] = str(int(rest.pop("batch_size", 128)) * ranks)
+    taken["dtype"] = "float16" if rest.pop("fp16", False) else "float32"
+    if rest.get("rec") not in (None, "synthetic"):
+        taken["data"] = f"rec:{rest.pop('rec')}"
+    for theirs, ours in SAME.items():
+        if rest.get(theirs) is not None:
+            taken[ours] = f"{rest.pop(theirs)}"
+    if rest.get("optimizer", "sgd") == "sgd":
+        rest.pop("optimizer", None)
+    targets = [
+        f"bin:{Path(taken.get('data', 'rec:.')[4:]) / name}.bin" for name in rest.pop("val_targets", [])
+    ]
+    arguments = [part for name, value in taken.items() for part in (f"--{name}", value)]
+    arguments += ["--evaluate", *targets] if targets else []
+    return arguments, [f"{name} = {value!r}" for name, value in rest.items()]
+
+
+SAME = {
+    "embedding_size": "dim",
+    "lr": "lr",
+    "momentum": "momentum",
+    "weight_decay": "weight-decay",
+    "num_epoch": "epochs",
+    "warmup_epoch": "warmup",
+    "num_classes": "classes",
+    "gradient_acc": "accumulate",
+    "num_workers": "workers",
+    "seed": "seed",
+    "output": "out",
+}
+
+
+def _literal(node: ast.expr) -> Any:
+    """A literal, also one with arithmetic of numbers such as 512 * 2."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        return _literal(node.left) * _literal(node.right)
+    return ast.literal_eval(node)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} is no file of plain tensors: {first}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, not a state dict")
+    return loaded
+
+
+def _rank_files(folder: Path) -> list[Path]:
+    found = {int(match[1]): path for path in folder.iterdir() if (match := RANK_FILE.fullmatch(path.name))}
+    if not found or sorted(found) != list(range(len(found))):
+        raise ValueError(
+            f"{folder} holds checkpoint_gpu_*.pt of the ranks {sorted(found)}: not a complete set"
+        )
+    return [found[rank] for rank in range(len(found))]
+
+
+def _entry(state: dict[str, Any], name: str, source: Path) -> dict[str, Tensor]:
+    if not isinstance(state.get(name), dict):
+        raise ValueError(f"a checkpoint in {source} has no {name}")
+    entry: dict[str, Tensor] = state[name]
+    return entry
+
+
+def _sizes(state: dict[str, Tensor], name: str) -> tuple[int, int]:
+    """Embedding width and image size, from the shapes of the last layers."""
+    try:
+        if name.startswith("mobilefacenet"):
+            return len(state["features.layers.2.weight"]), 16 * state[
+                "features.layers.0.layers.0.weight"
+            ].shape[2]
+        dim, inputs = state["fc.weight"].shape
+        return dim, 16 * int((inputs // 512) ** 0.5)
+    except KeyError as error:
+        raise ValueError(f"weights without {error} do not fit {name}") from error
+
+
+def _save_centres(centres: Tensor, out: Path) -> Path:
+    path = out.with_suffix(".centres.safetensors")
+    partial = path.with_name(path.name + ".partial")
+    save_file({"weight": centres.contiguous()}, partial)
+    partial.replace(path)
+    return path

@@ -1,0 +1,41 @@
+"""Starting a training run under torchrun on this machine.
+
+torchrun restarts no dead rank unless told to (`--max-restarts` is 0); here it is told to, and each start goes
+on from the last checkpoint.
+"""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from bigvision.jobs.faces.options import parse, parser
+
+MODULE = "bigvision.jobs.train_face"
+HELP = """\
+bigvision face train [--nproc-per-node N] [--max-restarts 3] OPTIONS
+
+Starts torchrun with N ranks on this machine; over several machines call torchrun yourself:
+torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT --max-restarts 3 \\
+         -m bigvision.jobs.train_face OPTIONS
+"""
+
+
+def launch(arguments: Sequence[str], *, ranks: int, max_restarts: int) -> int:
+    """Run torchrun and return its exit status. Raises ValueError, before it starts, for impossible options."""
+    if "--help" in arguments or "-h" in arguments:
+        print(HELP + "\n" + parser("bigvision face train").format_help())
+        return 0
+    if ranks < 1 or max_restarts < 0:
+        raise ValueError(f"{ranks} ranks, {max_restarts} restarts")
+    parse(arguments, "bigvision face train")
+    return subprocess.run(command(arguments, ranks, max_restarts), check=False).returncode
+
+
+def command(arguments: Sequence[str], ranks: int, max_restarts: int) -> list[str]:
+    """The command line of torchrun."""
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(ranks), "--max-restarts", str(max_restarts)),
+        *("-m", MODULE),
+        *arguments,
+    ]
