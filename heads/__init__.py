@@ -6,6 +6,7 @@ from heads.clusters import clustered
 from heads.gates import sampled
 from heads.hashed import hashed
 from heads.head import ShardedMarginHead
+from heads.identities import add_identities, merge_identities, remap_identities, remove_identities
 from heads.margin import Margin
 from heads.optimizers import SGD, Adam, RowwiseAdagrad
 
@@ -18,9 +19,13 @@ __all__ = [
     "Margin",
     "RowwiseAdagrad",
     "ShardedMarginHead",
+    "add_identities",
     "clustered",
     "hashed",
     "load_head",
+    "merge_identities",
+    "remap_identities",
+    "remove_identities",
     "sampled",
     "save_head",
 ]

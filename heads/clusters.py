@@ -96,8 +96,8 @@ class ClusterGate:
         self._nearest = torch.full((spec.clusters,), _NONE, dtype=acc, device=device)
         self._fresh = self._nearest.clone()
         self._open = torch.zeros(spec.clusters, dtype=torch.bool, device=device)
-        self._start(seed)
-        self._fit()
+        self._seed = seed
+        self.rebuild()
 
     def select(self, given: GateInput) -> ActiveRows:
         """The top clusters of each sample and its own, all their classes."""
@@ -161,6 +161,11 @@ class ClusterGate:
         """The centroids, and the step they were made at."""
         return {"centroids": self.centroids, "fitted": self._fitted}
 
+    def rebuild(self) -> None:
+        """Clusters from scratch."""
+        self._start(self._seed)
+        self._fit()
+
     def restored(self) -> None:
         """Counts and radii follow from assignment and centroids."""
         self._measure()
@@ -174,6 +179,7 @@ class ClusterGate:
         order = rows[held].argsort()
         columns, inverse = self.shard.load(rows[held][order])
         places = held.nonzero()[:, 0][order]
+        self.centroids.zero_()
         self.centroids[places] = columns["weight"].to(self.shard.acc) * inverse[:, None]
         self.ranks.sum_(self.centroids)
 

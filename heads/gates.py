@@ -63,6 +63,10 @@ class ActiveGate(Protocol):
         """Live tensors that are the same on every rank, for checkpoints to read and write."""
         ...
 
+    def rebuild(self) -> None:
+        """The rows are others now: start over."""
+        ...
+
     def restored(self) -> None:
         """A checkpoint has been read into the tensors and the rows."""
         ...
@@ -103,6 +107,9 @@ class StaticGate:
     def shared_state(self) -> dict[str, Tensor]:
         """Nothing."""
         return {}
+
+    def rebuild(self) -> None:
+        """Nothing to do."""
 
     def restored(self) -> None:
         """Nothing to do."""

@@ -74,6 +74,10 @@ class _HashGate(StaticGate):
         """The moved centres' codes."""
         self.scorer.expert_codes[rows] = self.scorer.codes(w.float())
 
+    def rebuild(self) -> None:
+        """All centres' codes."""
+        self.restored()
+
     def restored(self) -> None:
         """All centres' codes."""
         shard = self.shard

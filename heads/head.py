@@ -90,6 +90,7 @@ class ShardedMarginHead(nn.Module):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
+        self.settings = _arguments(locals())
         self.ranks = Ranks.current()
         self.margin = Margin() if margin is None else margin
         _check_settings(self.margin, dim, scale, storage, normalized, tile, optimizer, place)
@@ -284,6 +285,11 @@ def _check_settings(
         raise ValueError(f"a margin needs cosines: normalized=False takes none, got {margin}")
     if optimizer is None and place != "device":
         raise ValueError(f"an ordinary parameter lives on the device, got place={str(place)!r}")
+
+
+def _arguments(names: dict[str, Any]) -> dict[str, Any]:
+    """The constructor's own arguments, to make another head like this one."""
+    return {name: value for name, value in names.items() if name not in ("self", "__class__")}
 
 
 def _store(

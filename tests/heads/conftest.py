@@ -1,7 +1,12 @@
 """The oracle of all head tests: an unsharded float64 softmax with autograd and a plain optimiser."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from math import pi
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,3 +56,29 @@ def reference() -> Callable[..., Tensor]:
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """What the scenarios of rank_worker.py gave: number of ranks -> rank -> scenario -> result."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = Path(__file__).with_name("rank_worker.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    logs = [(folder / f"log-{rank}").open("w+") for rank in range(4)]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(folder)], env=environment, stderr=log, stdout=log
+        )
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        codes = [worker.wait(timeout=240) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    texts = [Path(log.name).read_text()[-3000:] for log in logs]
+    assert codes == [0] * 4, "\n".join(texts)
+    return {
+        size: [torch.load(folder / f"out-{size}-{rank}.pt", weights_only=True) for rank in range(size)]
+        for size in (1, 2, 3, 4)
+    }

@@ -1,0 +1,302 @@
+"""The sharded head against a plain one, and at ten and twenty-nine million classes. CPU, gloo, one thread a rank.
+
+    python benchmarks/heads.py                      200 000 classes: plain fp32 head, ours in float32 and bfloat16
+    python benchmarks/heads.py --peer FOLDER        and the partial_fc_v2.py of InsightFace in that folder
+    python benchmarks/heads.py --large              10 000 000 classes: exact and sampled steps, beside the bare GEMMs
+    python benchmarks/heads.py --mmap FOLDER        29 000 000 classes in memory-mapped files there (30 GB), sampled
+
+Every row is its own set of processes, so that peaks don't mix. Times are medians; the GEMM time is measured in the same
+processes on the same centres: the four products of a step (8*B*C*D operations), nothing around them.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Run as a script, this file's folder comes first on the path, where the file would hide the package of its name.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).parent.resolve()]
+
+from heads import SGD, Margin, RowwiseAdagrad, ShardedMarginHead, sampled  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    kind: str  # "plain" | "peer" | "ours"
+    classes: int
+    batch: int  # of one rank
+    rate: float | None = None
+    storage: str = "float32"
+    rule: str = "sgd"
+    place: str = "device"
+    run: int = 1
+    steps: int = 5
+    gemms: bool = False
+    dim: int = 512
+    ranks: int = 2
+
+
+class PlainHead(nn.Module):
+    """A class-sharded ArcFace head as one would write it: logits, softmax and gradients as whole fp32 matrices."""
+
+    def __init__(self, classes: int, dim: int, rate: float | None) -> None:
+        super().__init__()
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.local, self.rate = classes // self.size, rate
+        self.weight = nn.Parameter(torch.randn(self.local, dim) * 0.01)
+
+    def forward_backward(self, x: Tensor, labels: Tensor) -> float:
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        label_parts = [torch.empty_like(labels) for _ in range(self.size)]
+        dist.all_gather(parts, x.detach())
+        dist.all_gather(label_parts, labels)
+        features = torch.cat(parts).requires_grad_()
+        y = torch.cat(label_parts) - self.rank * self.local
+        held = (y >= 0) & (y < self.local)
+        weight, y = self._choose(y, held)
+        cosine = (F.normalize(features) @ F.normalize(weight).t()).clamp(-1, 1)
+        rows = held.nonzero()[:, 0]
+        target = torch.cos(torch.acos(cosine[rows, y[rows]]) + 0.5)
+        logits = cosine.index_put((rows, y[rows]), target) * 64.0
+        p = logits.detach().clone()
+        largest = p.amax(1, keepdim=True)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        p.sub_(largest).exp_()
+        total = p.sum(1, keepdim=True)
+        dist.all_reduce(total)
+        p.div_(total)
+        own = torch.zeros(len(p))
+        own[rows] = p[rows, y[rows]]
+        dist.all_reduce(own)
+        p[rows, y[rows]] -= 1.0
+        logits.backward(p / len(p))
+        dist.all_reduce(features.grad)
+        return float(-own.clamp_min(1e-30).log().mean())
+
+    def _choose(self, y: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+        if self.rate is None:
+            return self.weight, y
+        scores = torch.rand(self.local)
+        scores[y[held]] = 2.0
+        index = scores.topk(int(self.rate * self.local)).indices.sort().values
+        return self.weight[index], torch.where(held, torch.searchsorted(index, y), y)
+
+
+def plain_step(case: Case) -> Callable[[Tensor, Tensor], float]:
+    head = PlainHead(case.classes, case.dim, case.rate)
+    optimizer = torch.optim.SGD(head.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+
+    def step(x: Tensor, y: Tensor) -> float:
+        optimizer.zero_grad()
+        loss = head.forward_backward(x, y)
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def peer_step(case: Case) -> Callable[[Tensor, Tensor], float]:
+    from partial_fc_v2 import PartialFC_V2  # the user's copy, put on sys.path
+
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+
+    def arcface(cosine: Tensor, labels: Tensor) -> Tensor:
+        rows = torch.where(labels.view(-1) != -1)[0]
+        target = cosine[rows, labels.view(-1)[rows]]
+        with torch.no_grad():
+            moved = torch.cos(torch.acos(target) + 0.5)
+            cosine.data[rows, labels.view(-1)[rows]] = moved
+        return cosine * 64.0
+
+    head = PartialFC_V2(arcface, case.dim, case.classes, case.rate or 1.0)
+    optimizer = torch.optim.SGD(head.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+
+    def step(x: Tensor, y: Tensor) -> float:
+        optimizer.zero_grad()
+        loss = head(x, y.clone())
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+def our_head(case: Case) -> ShardedMarginHead:
+    momentum = SGD(0.1, momentum=0.9, weight_decay=5e-4)
+    return ShardedMarginHead(
+        case.classes,
+        case.dim,
+        Margin(1.0, 0.5, 0.0),
+        64.0,
+        active=None if case.rate is None else sampled(case.rate, run=case.run),
+        storage=case.storage,
+        place=case.place,
+        optimizer={"sgd": momentum, "plain sgd": SGD(0.1), "adagrad": RowwiseAdagrad(0.1)}[case.rule],
+        compiled=True,
+    )
+
+
+def gemm_seconds(head: ShardedMarginHead, batch: int) -> float:
+    """The four products of an exact step over this rank's centres, tile by tile."""
+    shard = head.shard
+    dtype = shard.dtype
+    u = torch.randn(batch, head.dim).to(dtype)
+    z = torch.empty(shard.tile, batch, dtype=dtype)
+    d_w = torch.empty(shard.tile, head.dim, dtype=dtype)
+    d_u = torch.empty(batch, head.dim, dtype=dtype)
+    started = time.perf_counter()
+    for low in range(0, len(shard.classes), shard.tile):
+        w = shard.store.load(slice(low, min(low + shard.tile, len(shard.classes))), ("weight",))["weight"]
+        part = z[: len(w)]
+        torch.mm(w, u.t(), out=part)
+        torch.mm(w, u.t(), out=part)
+        torch.mm(part, u, out=d_w[: len(w)])
+        torch.mm(part.t(), w, out=d_u)
+    return time.perf_counter() - started
+
+
+def worker(rank: int, case: Case, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=case.ranks)
+    imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # torch itself, the same for all
+    started = time.perf_counter()
+    head = our_head(case) if case.kind == "ours" else None
+    result: dict[str, Any] = {"start": time.perf_counter() - started}
+    step = our_step(head) if head else {"plain": plain_step, "peer": peer_step}[case.kind](case)
+    generator = torch.Generator().manual_seed(rank)
+    times = []
+    for number in range(case.steps + 1):
+        x = torch.randn(case.batch, case.dim, generator=generator).requires_grad_()
+        y = torch.randint(0, case.classes, (case.batch,), generator=generator)
+        dist.barrier()
+        started = time.perf_counter()
+        result["loss"] = step(x, y)
+        dist.barrier()
+        times.append(time.perf_counter() - started)
+        if rank == 0:
+            print(f"  {case.name}: step {number} {times[-1]:.2f} s", file=sys.stderr, flush=True)
+    result |= {"first": times[0], "step": statistics.median(times[1:])}
+    if case.gemms and head is not None:
+        dist.barrier()
+        result["gemms"] = gemm_seconds(head, case.batch * case.ranks)
+    result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    result["above"] = result["peak"] - imports
+    Path(folder, f"{rank}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+def our_step(head: ShardedMarginHead) -> Callable[[Tensor, Tensor], float]:
+    def step(x: Tensor, y: Tensor) -> float:
+        loss = head(x, y)
+        loss.backward()
+        return float(loss.detach())
+
+    return step
+
+
+def measure(case: Case) -> dict[str, float]:
+    """The slowest rank's times and the sum of the ranks' peaks (GiB)."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(worker, (case, folder), nprocs=case.ranks)
+        ranks = [json.loads(Path(folder, f"{r}.json").read_text()) for r in range(case.ranks)]
+    out = {key: max(r[key] for r in ranks) for key in ranks[0]}
+    return out | {key: sum(r[key] for r in ranks) for key in ("peak", "above")}
+
+
+def compare(peer: Path | None) -> None:
+    c, b = 200_000, 64
+    for rate in (None, 0.1):
+        label = "full" if rate is None else f"sampled {rate}"
+        cases = [Case(f"plain fp32 head, {label}", "plain", c, b, rate)]
+        if peer is not None:
+            sys.path.insert(0, str(peer))
+            os.environ["PYTHONPATH"] = f"{peer}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+            cases.append(Case(f"partial_fc_v2, {label}", "peer", c, b, rate))
+        cases += [
+            Case(f"ours float32, {label}", "ours", c, b, rate, "float32"),
+            Case(f"ours bfloat16, {label}", "ours", c, b, rate, "bfloat16"),
+        ]
+        base: dict[str, float] = {}
+        for case in cases:
+            found = measure(case)
+            base = base or found
+            print(
+                f"{case.name:34s} {found['step']:7.3f} s/step {case.ranks * b / found['step']:8.0f} samples/s "
+                f"x {base['step'] / found['step']:5.1f}   peak {found['peak'] / 2:5.2f} GiB a rank "
+                f"({found['peak'] / base['peak']:.2f} of it), "
+                f"without imports {found['above'] / 2:5.2f} ({found['above'] / base['above']:.2f})   loss {found['loss']:.2f}",
+                flush=True,
+            )
+
+
+def large(classes: int, steps: int) -> None:
+    exact: dict[str, float] = {}
+    for name, rate, rule in (("exact", None, "adagrad"), ("sampled 0.1", 0.1, "adagrad")):
+        case = Case(name, "ours", classes, 128, rate, "bfloat16", rule, steps=steps, gemms=rate is None)
+        found = measure(case)
+        exact = exact or found
+        flops = 8 * 256 * classes * 512
+        print(
+            f"{classes:,} classes, {name}: {found['step']:.2f} s/step (first {found['first']:.2f}, "
+            f"centres made in {found['start']:.1f} s), peak {found['peak']:.2f} GiB for both ranks"
+            + (
+                f"; bare GEMMs {found['gemms']:.2f} s ({flops / found['gemms'] / 1e9:.0f} GFLOP/s), "
+                f"step / GEMMs = {found['step'] / found['gemms']:.2f}"
+                if case.gemms
+                else f"; {exact['step'] / found['step']:.1f} times faster than exact"
+            ),
+            flush=True,
+        )
+
+
+def mapped(classes: int, folder: Path, steps: int) -> None:
+    place = folder / "centres"
+    case = Case("mmap", "ours", classes, 128, 0.1, "bfloat16", "adagrad", str(place), run=64, steps=steps)
+    try:
+        found = measure(case)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    print(
+        f"{classes:,} classes in {classes * 1024 / 1e9:.1f} GB of memory-mapped files, sampled 0.1 in runs of 64: "
+        f"{found['step']:.2f} s/step (first {found['first']:.2f}, files made in {found['start']:.0f} s), "
+        f"peak resident {found['peak']:.2f} GiB for both ranks, loss {found['loss']:.2f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=Path, help="folder with InsightFace's partial_fc_v2.py")
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--mmap", type=Path, metavar="FOLDER")
+    parser.add_argument("--classes", type=int, help="instead of 10 or 29 million")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of --large and --mmap")
+    options = parser.parse_args()
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", flush=True)
+    if options.large:
+        large(options.classes or 10_000_000, options.steps)
+    elif options.mmap:
+        mapped(options.classes or 29_000_000, options.mmap, options.steps)
+    else:
+        compare(options.peer)
+
+
+if __name__ == "__main__":
+    main()
