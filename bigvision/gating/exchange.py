@@ -25,7 +25,7 @@ from torch import Tensor
 from .collectives import all_gather_rows, all_to_all_rows, gather_integers, reduce_scatter_rows
 from .experts import Expert, idle_parameters, link_gradients, run_experts
 from .routing import Routing, combine, dispatch
-from .rows import gather_rows, sum_rows
+from .rows import gather_rows, weighted_sum_rows
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _MAX_DIMS = 8
@@ -227,9 +227,7 @@ class AllGatherExchange:
         mine = self._my_pairs(plan, x.device)
         rows = gather_rows(everyone, token[mine])
         y = _run_and_agree(rows, thread, plan, experts, self.group, out_shape)
-        wide = torch.float64 if torch.float64 in (y.dtype, weight.dtype) else torch.float32
-        weighted = y.to(wide) * gather_rows(weight, mine).view(-1, *(1,) * (y.dim() - 1))
-        partial = sum_rows(weighted, token[mine], len(everyone))
+        partial = weighted_sum_rows(y, gather_rows(weight, mine), token[mine], len(everyone))
         return reduce_scatter_rows(partial, plan.tokens, self.group).to(y.dtype)
 
     def _global_tokens(self, routing: Routing, plan: _Plan, pairs: list[int]) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .routing import Routing, combine, dispatch
+from .rows import add_rows_, gather_rows
 
 Expert = Callable[[Tensor], Tensor]
 Mode = Literal["hard", "soft"]
@@ -66,25 +67,57 @@ def run_experts(
     outputs: list[Tensor] = []
     # torch.split of uneven sizes is one node of the graph, slices are one each.
     for expert_id, (block, expert) in enumerate(zip(rows.split(list(counts)), experts, strict=True)):
-        if not len(block):
-            continue
-        output = expert(block)
-        shape = list(output.shape[1:] if out_shape is None else out_shape)
-        first = outputs[0] if outputs else output
-        if len(output) != len(block) or list(output.shape[1:]) != shape or output.dtype != first.dtype:
-            raise ValueError(
-                f"expert {expert_id} turned {list(block.shape)} into {output.dtype} {list(output.shape)}, "
-                f"expected {first.dtype} {[len(block), *shape]}"
-            )
-        if output.shape[1:] != first.shape[1:]:
-            raise ValueError(
-                f"experts differ in what they return: expert {expert_id} rows of {list(output.shape[1:])}, "
-                f"an earlier one {list(first.shape[1:])}"
-            )
-        outputs.append(output)
+        if len(block):
+            outputs.append(_run_one(expert_id, expert, block, outputs[0] if outputs else None, out_shape))
     if not outputs:
         return rows.new_zeros(0, *(rows.shape[1:] if out_shape is None else out_shape))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _run_one(
+    expert_id: int, expert: Expert, rows: Tensor, earlier: Tensor | None, out_shape: Sequence[int] | None
+) -> Tensor:
+    """Run an expert and check that what it returns is as wide as what an earlier one did."""
+    output = expert(rows)
+    if earlier is not None and output.shape[1:] != earlier.shape[1:]:
+        raise ValueError(
+            f"experts differ in what they return: expert {expert_id} rows of {list(output.shape[1:])}, "
+            f"an earlier one {list(earlier.shape[1:])}"
+        )
+    dtype = output.dtype if earlier is None else earlier.dtype
+    shape = [len(rows), *(output.shape[1:] if out_shape is None else out_shape)]
+    if list(output.shape) != shape or output.dtype != dtype:
+        raise ValueError(
+            f"expert {expert_id} turned {list(rows.shape)} into {output.dtype} {list(output.shape)}, "
+            f"expected {dtype} {shape}"
+        )
+    return output
+
+
+def _apply_in_turn(
+    x: Tensor, routing: Routing, experts: Sequence[Expert], counts: list[int], out_shape: Sequence[int] | None
+) -> Tensor:
+    """Hard mode without a tape: gather, run and add one expert after the other.
+
+    The same sums in the same order as with all rows at once, but those never exist together: less memory, and
+    small blocks come from the allocator's free lists where a large one faults in page by page.
+    """
+    total: Tensor | None = None
+    first: Tensor | None = None
+    for expert_id, (token, weight, expert) in enumerate(
+        zip(routing.token.split(counts), routing.weight.split(counts), experts, strict=True)
+    ):
+        if not len(token):
+            continue
+        y = _run_one(expert_id, expert, gather_rows(x, token), first, out_shape)
+        if total is None:
+            first = y.new_empty(0, *y.shape[1:])  # what later outputs are compared with
+            wide = torch.float64 if torch.float64 in (y.dtype, weight.dtype) else torch.float32
+            total = x.new_zeros(len(x), *y.shape[1:], dtype=wide)
+        add_rows_(total, y, weight, token)
+    if total is None or first is None:
+        return x.new_zeros(len(x), *(x.shape[1:] if out_shape is None else out_shape))
+    return total.to(first.dtype)
 
 
 def apply_experts(
@@ -113,6 +146,8 @@ def apply_experts(
     """
     _check_experts(routing, experts)
     counts = routing.counts.tolist()
+    if not torch.is_grad_enabled():
+        return _apply_in_turn(x, routing, experts, counts, out_shape)
     y = run_experts(dispatch(x, routing), counts, experts, out_shape)
     if zero_idle:
         y = link_gradients(y, idle_parameters(counts, experts))

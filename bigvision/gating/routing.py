@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .rows import gather_rows, sum_rows
+from .rows import gather_rows, sum_rows, weighted_sum_rows
 
 Priority = Literal["position", "score"]
 
@@ -135,6 +135,4 @@ def combine(y: Tensor, routing: Routing) -> Tensor:
     """
     if len(y) != len(routing.token):
         raise ValueError(f"the routing has {len(routing.token)} pairs, y has {list(y.shape)}")
-    wide = torch.float64 if torch.float64 in (y.dtype, routing.weight.dtype) else torch.float32
-    weighted = y.to(wide) * routing.weight.view(-1, *(1,) * (y.dim() - 1))
-    return sum_rows(weighted, routing.token, routing.num_tokens).to(y.dtype)
+    return weighted_sum_rows(y, routing.weight, routing.token, routing.num_tokens).to(y.dtype)

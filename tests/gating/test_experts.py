@@ -129,6 +129,17 @@ def test_equivariance_to_tokens_and_experts(case: tuple[int, int, int, int], see
     torch.testing.assert_close(renamed, out)
 
 
+@given(cases)
+def test_without_a_tape_the_very_same_numbers(case: tuple[int, int, int, int]) -> None:
+    x, logits, mask, experts = make(case)
+    routing = route(mask, normalize(logits))
+    taped = apply_experts(x, routing, experts, out_shape=(2,))
+    calls = [list(expert.calls) for expert in experts]
+    with torch.no_grad():
+        assert torch.equal(apply_experts(x, routing, experts, out_shape=(2,)), taped)
+    assert [expert.calls for expert in experts] == [2 * call for call in calls]
+
+
 def test_gradcheck_through_hard_experts() -> None:
     x, logits, mask, experts = make((5, 4, 2, 0))
     weights = [expert.weight for expert in experts]
@@ -180,14 +191,16 @@ def all_pairs(num_tokens: int, num_experts: int) -> Routing:
 def test_bad_input_is_refused_with_its_values() -> None:
     x, routing = torch.zeros(2, 3), all_pairs(2, 2)
     wide, narrow = (lambda r: r), (lambda r: r[:, :1])
-    with pytest.raises(ValueError, match=r"expert 1 rows of \[1\], an earlier one \[3\]"):
-        apply_experts(x, routing, [wide, narrow])
-    with pytest.raises(ValueError, match=r"expert 1 \[2, 1\], earlier ones \[2, 3\]"):
-        apply_experts_soft(x, routing, [wide, narrow])
-    with pytest.raises(ValueError, match=r"expert 0 turned \[2, 3\] into torch.float32 \[1, 3\]"):
-        apply_experts(x, routing, [lambda r: r[:1], wide])
-    with pytest.raises(ValueError, match=r"expected torch.float32 \[2, 5\]"):
-        apply_experts(x, routing, [wide, wide], out_shape=(5,))
+    for taped in (True, False):
+        with torch.set_grad_enabled(taped):
+            with pytest.raises(ValueError, match=r"expert 1 rows of \[1\], an earlier one \[3\]"):
+                apply_experts(x, routing, [wide, narrow])
+            with pytest.raises(ValueError, match=r"expert 1 \[2, 1\], earlier ones \[2, 3\]"):
+                apply_experts_soft(x, routing, [wide, narrow])
+            with pytest.raises(ValueError, match=r"expert 0 turned \[2, 3\] into torch.float32 \[1, 3\]"):
+                apply_experts(x, routing, [lambda r: r[:1], wide])
+            with pytest.raises(ValueError, match=r"expected torch.float32 \[2, 5\]"):
+                apply_experts(x, routing, [wide, wide], out_shape=(5,))
     with pytest.raises(ValueError, match="over 2 experts, got 1"):
         apply_experts(x, routing, [wide])
     with pytest.raises(ValueError, match="1 experts and 2 rows do not fit 1 counts of 3 rows"):
