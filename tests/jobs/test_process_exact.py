@@ -17,7 +17,7 @@ NETWORKS = Path(__file__).with_name("process_networks.py")
 
 
 def assert_equal_to_whole(logits: np.ndarray, expected: np.ndarray) -> None:
-    """Within 1e-4 of the largest value, and one class where the two best are further apart than twice that."""
+    """Within 1e-4 of the largest value; one class where the two best are further apart than twice that."""
     bound = 1e-4 * np.abs(expected).max()
     np.testing.assert_allclose(logits, expected, rtol=0, atol=bound)
     ordered = np.sort(expected, axis=0)

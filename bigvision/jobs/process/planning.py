@@ -18,8 +18,10 @@ from tiling.memory import CACHE_BYTES
 
 UNITS_AT_ONCE = 3  # one is read, one computed, one written
 _CORES = (4096, 3584, 3072, 2560, 2048, 1536, 1024, 768, 512, 384, 256, 128, 64, 32)
-_BASE = 500 * 2**20  # of a process that has imported everything and done nothing
-_SCRATCH = 1.15  # kernels' scratch and the heap's fragments, on top of the results themselves
+# Resident in a process that has loaded torch (its CUDA build alone 650 MiB) and a network. A constant, not a
+# measurement, so that one command always cuts alike.
+_BASE = 1000 * 2**20
+_SCRATCH = 1.4  # kernels' scratch and the heap's fragments, on top of the results themselves (measured)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def plan_tiles(
 ) -> Plan:
     """Choose the tile; ValueError where nothing exact can be cut, or nothing fits `--memory`."""
     processes = options.workers or 1
-    each = (options.memory_bytes - (_BASE if processes > 1 else 0)) // processes
+    each = (options.memory_bytes - _coordinator(processes)) // processes
     forecast = _Forecast(shape, kind, analysis, precision.dtype)
     halo, exactness = _halo(analysis, options)
     whole = max(padded_size(shape[1], shape[2], analysis.stride))
@@ -70,7 +72,7 @@ def plan_tiles(
             )
     else:
         tile = options.tile or _best_core(shape, analysis.stride, halo, each, forecast)
-    predicted = forecast(tile, halo) * processes + (_BASE if processes > 1 else 0)
+    predicted = forecast(tile, halo) * processes + _coordinator(processes)
     if predicted > options.memory_bytes:
         raise ValueError(
             f"a tile of {tile} px with a halo of {halo} px takes about {_gib(predicted)} in {processes} "
@@ -133,6 +135,11 @@ def _best_core(shape: tuple[int, int, int], stride: int, halo: int, budget: int,
         return TileGrid(shape[1], shape[2], core, halo, stride).overhead
 
     return min(sorted(fitting), key=computed)
+
+
+def _coordinator(processes: int) -> int:
+    """Bytes of the process that hands out work to others, where there is one."""
+    return _BASE if processes > 1 else 0
 
 
 def _gib(size: float) -> str:
