@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 import rasterio
 import rasterio.shutil
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import NotGeoreferencedWarning
 from rasterio.windows import Window
 
 from tiling.errors import RasterError
 from tiling.grid import TileGrid
+from tiling.integrity import check_all
 from tiling.memory import CACHE_BYTES, gdal_cache
 from tiling.opening import open_raster
-from tiling.publish import check_free, discard, publish, staging_name
+from tiling.publish import check_free, discard, publish, staging_name, writing
 from tiling.raster import Raster
 from tiling.source import Array, Colormap, holds
 
@@ -131,13 +132,13 @@ def _make(
 ) -> None:
     draft, final = staging_name(folder / target.name), staging_name(folder / target.name)
     try:
-        with warnings.catch_warnings():
+        with writing(target), warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             _write_draft(raster, draft, plan, progress)
+            _check_written(draft, target)
             _copy(draft, final, plan)
-        publish(final, target)
-    except (RasterioError, OSError) as error:
-        raise RasterError(f"{target}: can't be written: {' '.join(str(error).split())}") from error
+            _check_written(final, target)
+            publish(final, target)
     finally:
         # GDAL keeps unfinished overviews and masks beside the file that it writes.
         for unfinished in [p for p in folder.iterdir() if p.name.startswith((draft.name, final.name))]:
@@ -149,7 +150,7 @@ def _write_draft(raster: Raster, draft: Path, plan: _Plan, progress: Callable[[f
     """Every pixel and all metadata into a tiled TIFF, one window of whole blocks after the other."""
     bands, height, width = raster.shape
     options: dict[str, Any] = {"compress": "deflate", "zlevel": 1, "num_threads": plan.threads}
-    options |= {"bigtiff": "IF_SAFER", "sparse_ok": True, "interleave": "band" if bands > 4 else "pixel"}
+    options |= {"bigtiff": "IF_SAFER", "interleave": "band" if bands > 4 else "pixel"}
     # Four uint8 bands would pass for colours with alpha, and near infrared for transparency.
     options |= {"photometric": "RGB" if bands == 3 and plan.dtype == "uint8" else "MINISBLACK", "alpha": "NO"}
     with (
@@ -233,6 +234,11 @@ def _copy(draft: Path, final: Path, plan: _Plan) -> None:
         options["predictor"] = "YES"
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True, CPL_TMPDIR=str(final.parent)):
         rasterio.shutil.copy(draft, final, driver="COG", **options)
+
+
+def _check_written(path: Path, target: Path) -> None:
+    with rasterio.open(path) as file:
+        check_all(str(target), file)
 
 
 def _silent(fraction: float) -> None:

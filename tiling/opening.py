@@ -8,11 +8,11 @@ from pathlib import Path
 
 from affine import Affine
 from rasterio.enums import ColorInterp, Resampling
-from rasterio.io import DatasetReader
 
 from tiling.area import Geometry, find_area
 from tiling.errors import RasterError
 from tiling.gdal_source import GdalSource, Part, Target, open_dataset
+from tiling.integrity import check_ends
 from tiling.raster import Bands, Raster, band_positions
 from tiling.resample import ResampledSource
 from tiling.source import Profile, Source
@@ -62,7 +62,7 @@ def open_raster(
 def _one_file(path: str, bands: Bands) -> GdalSource:
     """All bands but alpha, or the chosen ones, which may well be an alpha band."""
     with open_dataset(path) as dataset:
-        _check_complete(path, dataset)
+        check_ends(path, dataset)
         names = tuple(name or f"band_{i}" for i, name in enumerate(dataset.descriptions, 1))
         data = [i for i, color in enumerate(dataset.colorinterp, 1) if color != ColorInterp.alpha]
     chosen = tuple(data) or tuple(range(1, len(names) + 1))
@@ -108,24 +108,9 @@ def _at_resolution(
     target = _target(profile, transform, (height, width), method)
     if isinstance(source, GdalSource):
         return GdalSource(tuple(replace(part, target=target) for part in source.parts))
+    if isinstance(source, ZarrSource):
+        source = source.coarser(min(x / size_x, y / size_y))
     return ResampledSource(source, target)
-
-
-def _check_complete(path: str, dataset: DatasetReader) -> None:
-    """A TIFF whose last block lies beyond the end of the file was cut off; other formats tell on reading."""
-    file = Path(path)
-    if dataset.driver != "GTiff" or not file.is_file():
-        return
-    rows, columns = dataset.block_shapes[-1]
-    across, down = -(-dataset.width // columns), -(-dataset.height // rows)
-    for x, y in {(0, 0), (across - 1, down - 1)}:
-        offset = dataset.get_tag_item(f"BLOCK_OFFSET_{x}_{y}", "TIFF", bidx=dataset.count)
-        size = dataset.get_tag_item(f"BLOCK_SIZE_{x}_{y}", "TIFF", bidx=dataset.count)
-        if offset and size and int(offset) + int(size) > file.stat().st_size:
-            raise RasterError(
-                f"{path}: truncated: block ({x}, {y}) ends at byte {int(offset) + int(size)}, "
-                f"the file at {file.stat().st_size}"
-            )
 
 
 def _address(path: Address) -> str:

@@ -3,9 +3,25 @@
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from rasterio._err import CPLE_BaseError
+from rasterio.errors import RasterioError
+
 from tiling.errors import RasterError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the system or GDAL says of a failed write into one RasterError that names `path`."""
+    try:
+        yield
+    except RasterError:
+        raise
+    except (RasterioError, CPLE_BaseError, OSError) as error:
+        raise RasterError(f"{path}: can't be written: {' '.join(str(error).split())}") from error
 
 
 def staging_name(path: Path) -> Path:

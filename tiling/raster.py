@@ -6,6 +6,7 @@ Shapes: B bands, H and W rows and columns of the window asked for.
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -218,7 +219,7 @@ class Raster:
         lazy: da.Array = da.from_array(  # type: ignore[no-untyped-call]
             self,
             chunks=(self.shape[0], rows, columns),
-            name=f"raster-{os.path.basename(self.name)}-{id(self)}",  # noqa: PTH119 - a name, not a path
+            name=f"raster-{uuid.uuid4().hex}",  # unlike any other: the file may change under its name
             meta=np.empty((0, 0, 0), self.dtype),
             inline_array=False,
         )

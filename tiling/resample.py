@@ -11,10 +11,12 @@ from rasterio.crs import CRS
 from rasterio.windows import Window
 
 from tiling.gdal_source import Target
+from tiling.grid import TileGrid
 from tiling.source import Array, Handle, Profile, Source
 
 _ANY_CRS = CRS.from_epsg(3857)
 _OPAQUE = 255
+_MOST_PIXELS = 2**25
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,23 @@ class ResampledHandle:
         return self._resample(window, bands)[1]
 
     def _resample(self, window: Window, bands: tuple[int, ...]) -> tuple[Array, NDArray[np.bool_]]:
+        """Piece by piece where much of the inner source lies under the window."""
+        around = self._inner_window(window)
+        if around.height * around.width * len(bands) <= _MOST_PIXELS or window.height * window.width <= 1:
+            return self._resample_piece(window, bands)
+        by_rows = window.height >= window.width
+        size = (
+            ((window.height + 1) // 2, window.width) if by_rows else (window.height, (window.width + 1) // 2)
+        )
+        pieces = [
+            self._resample(_shifted(tile.core, window), bands)
+            for tile in TileGrid(window.height, window.width, size)
+        ]
+        data, shown = zip(*pieces, strict=True)
+        axis = 1 if by_rows else 2
+        return np.concatenate(data, axis=axis), np.concatenate(shown, axis=axis)
+
+    def _resample_piece(self, window: Window, bands: tuple[int, ...]) -> tuple[Array, NDArray[np.bool_]]:
         from rasterio.warp import reproject
 
         profile = self.source.inner.profile
@@ -115,6 +134,10 @@ class ResampledHandle:
         left, right = max(0, int(x0 - reach_x)), min(profile.shape[2], int(x1 + reach_x) + 1)
         top, bottom = max(0, int(y0 - reach_y)), min(profile.shape[1], int(y1 + reach_y) + 1)
         return Window(left, top, max(0, right - left), max(0, bottom - top))
+
+
+def _shifted(window: Window, by: Window) -> Window:
+    return Window(window.col_off + by.col_off, window.row_off + by.row_off, window.width, window.height)
 
 
 def _warped_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -51,6 +51,16 @@ class ZarrSource:
         """Whether the store has a mask."""
         return ZarrHandle(self).mask is not None
 
+    def coarser(self, factor: float) -> ZarrSource:
+        """The coarsest level of the pyramid whose pixels are at most `factor` times as large as level 0's."""
+        import zarr
+
+        node = zarr.open(self.path, mode="r")
+        level = int(self.level) if self.level.isdigit() else 0
+        while isinstance(node, zarr.Group) and 2 ** (level + 1) <= factor and str(level + 1) in node:
+            level += 1
+        return ZarrSource(self.path, str(level)) if level else self
+
     def open(self) -> Handle:
         """Open the store."""
         return ZarrHandle(self)
@@ -95,7 +105,7 @@ def _open(path: str, level: str) -> tuple[zarr.Array[Any], dict[str, Any], zarr.
 
     try:
         node = zarr.open(path, mode="r")
-    except (OSError, ValueError, KeyError, BaseZarrError) as error:
+    except (OSError, ValueError, KeyError, ImportError, BaseZarrError) as error:
         raise RasterError(f"{path}: not a zarr store that can be read: {error}") from error
     if isinstance(node, zarr.Array):
         return node, dict(node.attrs), None

@@ -24,7 +24,7 @@ from tiling.conventions import describe
 from tiling.errors import RasterError
 from tiling.grid import Margins, Pair, TileGrid, shard_aligned
 from tiling.memory import gdal_cache
-from tiling.publish import check_free, discard, publish, staging_name
+from tiling.publish import check_free, discard, publish, staging_name, writing
 from tiling.raster import Raster
 from tiling.source import Array, Colormap, Profile, holds
 from tiling.zarr_source import ZarrSource
@@ -93,10 +93,11 @@ class ZarrWriter:
             raise RasterError(f"{self.path}: has no nodata value and no mask to store missing pixels in")
         if mask is not None and self.profile.nodata is not None:
             data = np.where(mask, data, np.asarray(self.profile.nodata, self.dtype))
-        if self._mask is not None:
-            shown = np.ones(data.shape[1:], bool) if mask is None else mask
-            self._mask[rows, columns] = shown.astype(np.uint8)
-        self._array[:, rows, columns] = data
+        with writing(self.path):
+            if self._mask is not None:
+                shown = np.ones(data.shape[1:], bool) if mask is None else mask
+                self._mask[rows, columns] = shown.astype(np.uint8)
+            self._array[:, rows, columns] = data
 
     def read(self, window: Window) -> Array:
         """Pixels [B, H, W] written so far; nodata or 0 elsewhere."""
@@ -121,14 +122,17 @@ class ZarrWriter:
         """
         from tiling.pyramid import build_pyramid
 
-        if tags:
-            described = describe(replace(self.profile, tags={**self.profile.tags, **tags}))
-            group = _open_group(self.staging)
-            for node in (group, group["0"]):
-                node.attrs.update(described)
-        if pyramid is not None:
-            build_pyramid(self.staging, method=pyramid, progress=progress)
-        publish(self.staging, self.path)
+        with writing(self.path):
+            for torn in self.staging.rglob("*.partial"):  # a shard whose writer was killed
+                torn.unlink()
+            if tags:
+                described = describe(replace(self.profile, tags={**self.profile.tags, **tags}))
+                group = _open_group(self.staging)
+                for node in (group, group["0"]):
+                    node.attrs.update(described)
+            if pyramid is not None:
+                build_pyramid(self.staging, method=pyramid, progress=progress)
+            publish(self.staging, self.path)
         return Raster(ZarrSource(str(self.path)))
 
     def discard(self) -> None:
@@ -189,6 +193,8 @@ def create_zarr(
         sibling. A known name lets `resume_zarr` go on after an interruption.
     Raises RasterError where something stands at `path` already (without `overwrite`) or values don't fit.
     """
+    import zarr
+
     target = Path(path)
     check_free(target, overwrite)
     bands, height, width = shape
@@ -213,10 +219,17 @@ def create_zarr(
         tags=dict(tags or {}),
     )
     place = Path(staging) if staging else staging_name(target)
-    group = _create_group(place, profile)
-    create_level(group, "0", profile, chunks, shards)
-    if mask:
-        create_mask(group, "0", (height, width), chunks, shards)
+    if place.exists():
+        raise RasterError(f"{place}: exists already; resume_zarr goes on with it, or remove it")
+    try:
+        with writing(target):
+            group = zarr.create_group(place, zarr_format=3, attributes=describe(profile))
+            create_level(group, "0", profile, chunks, shards)
+            if mask:
+                create_mask(group, "0", (height, width), chunks, shards)
+    except RasterError:
+        discard(place)
+        raise
     return ZarrWriter(target, place, profile, (shards[1], shards[2]), overwrite)
 
 
@@ -317,14 +330,6 @@ def create_mask(
         fill_value=0,
         dimension_names=("y", "x"),
     )
-
-
-def _create_group(place: Path, profile: Profile) -> zarr.Group:
-    import zarr
-
-    if place.exists():
-        raise RasterError(f"{place}: exists already; resume_zarr goes on with it, or remove it")
-    return zarr.create_group(place, zarr_format=3, attributes=describe(profile))
 
 
 def _open_group(place: Path) -> zarr.Group:

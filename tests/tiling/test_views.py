@@ -220,3 +220,24 @@ def test_all_naip_dates_stack_on_one_grid(shared_data) -> None:
     paths = sorted((shared_data / "rasters" / "naip").glob("*.tif"))
     raster = open_raster(paths, resampling="bilinear")
     assert raster.shape[0] == 4 * len(paths) and raster.read(Window(100, 100, 50, 50)).min() > 0
+
+
+def test_coarse_views_of_a_store_read_its_pyramid(write_tif, noise, tmp_path) -> None:
+    store = to_zarr(open_raster(write_tif(noise(2, 1100, 900))), tmp_path / "s.zarr", chunk=128)
+    view = open_raster(store.name, resolution=40, resampling="average")
+    assert view.shape == (2, 275, 225) and view.transform.a == 40
+    import zarr
+
+    assert np.array_equal(view.read(), zarr.open_array(f"{store.name}/2", mode="r")[:])
+    # Three times as coarse: from the level that is twice as coarse.
+    third = open_raster(store.name, resolution=30, resampling="average").read().astype(float)
+    exact = store.read()[:, :1098].reshape(2, 366, 3, 300, 3).mean(axis=(2, 4))
+    assert np.abs(third[:, :366] - exact).mean() < 12 and np.abs((third[:, :366] - exact).mean()) < 0.5
+
+
+def test_resampling_piece_by_piece_gives_the_same(write_tif, noise, tmp_path, monkeypatch) -> None:
+    store = to_zarr(open_raster(write_tif(noise(2, 120, 90))), tmp_path / "s.zarr")
+    raster = open_raster(store.name, resolution=15, resampling="bilinear")
+    whole, mask = raster.read(), raster.mask()
+    monkeypatch.setattr("tiling.resample._MOST_PIXELS", 2000)
+    assert np.array_equal(raster.read(), whole) and np.array_equal(raster.mask(), mask)

@@ -335,3 +335,11 @@ def test_xarray_opens_the_store(write_tif, noise, tmp_path) -> None:
     store = to_zarr(open_raster(write_tif(data)), tmp_path / "a.zarr")
     opened = xarray.open_zarr(store.name, consolidated=False)
     assert np.array_equal(opened["0"].values, data)
+
+
+def test_shards_torn_by_a_kill_are_not_published(tmp_path) -> None:
+    writer = create_zarr(tmp_path / "a.zarr", (1, 8, 8), "uint8")
+    writer.write(np.ones((1, 8, 8), "uint8"), Window(0, 0, 8, 8))
+    (writer.staging / "0" / "c" / "0.abc.partial").touch()
+    writer.publish()
+    assert not list((tmp_path / "a.zarr").rglob("*.partial"))
