@@ -353,7 +353,7 @@ def _paint(seed: int, ys: Ints, xs: Ints, surface: Bytes, stripes: Floats) -> By
     texture = _noise(seed, _CROWNS, ys, xs, 5) * _SURFACES[:, 4][surface]
     texture += stripes * _SURFACES[:, 5][surface]
     texture += _noise(seed, _SWELL, ys, xs, 40) * np.float32(6)
-    light = _octaves(seed, _HAZE, ys, xs, ((2048, 0.1), (512, 0.05))) + np.float32(1)
+    light = _octaves(seed, _HAZE, ys, xs, ((2048, 0.05), (512, 0.03))) + np.float32(1)
     grain = _hash_grid(seed, _GRAIN, ys, xs)
     strength = _SURFACES[:, 6][surface] * np.float32(2 / 128)
     image = np.empty((len(BANDS), *surface.shape), np.uint8)

@@ -1,19 +1,17 @@
 """The demonstration: a scene made, a network trained on a third of it, all of it processed and scored."""
 
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 from rasterio.windows import Window
 
 from bigvision.jobs.process import Options, run_scene
+from bigvision.jobs.process.usage import MemoryWatch
 from bigvision.jobs.train_raster import TrainOptions, train
 from datasets.scene_files import write_scene
 from datasets.scenes import CLASSES, COLOURS, Scene
@@ -43,7 +41,7 @@ class DemoResult:
     picture: Path
 
 
-def demo(out: Path, size: int = 3072, *, steps: int = 600, say: Say = print) -> DemoResult:
+def demo(out: Path, size: int = 3072, *, steps: int = 480, say: Say = print) -> DemoResult:
     """Run the demonstration on a scene of `size` x `size` pixels, into the folder `out`.
 
     Its own files there are replaced. Raises ValueError for a size below 96 or a folder that can't be made.
@@ -65,7 +63,7 @@ def demo(out: Path, size: int = 3072, *, steps: int = 600, say: Say = print) -> 
     options = Options(MODEL, weights=training, scale=255, mean=MEAN, std=STD, overwrite=True, dtype="float32")
     cog = out / "prediction" / "scene.tif"
     cog.parent.mkdir(exist_ok=True)
-    with peak_memory() as peak:
+    with MemoryWatch(0.05) as watch:
         outcome = run_scene((str(out / "scene.tif"),), cog, options)
     prediction = open_raster(cog)
     accuracy = _accuracy(scene, prediction, trained.width)
@@ -73,7 +71,7 @@ def demo(out: Path, size: int = 3072, *, steps: int = 600, say: Say = print) -> 
     _draw(image, prediction, trained.width, accuracy, picture)
     rate = outcome.pixels / 1e6 / outcome.seconds
     seconds = time.perf_counter() - begun
-    return DemoResult(accuracy, rate, peak[0], seconds, cog, picture)
+    return DemoResult(accuracy, rate, watch.peak, seconds, cog, picture)
 
 
 def _train(scene: Scene, image: Raster, window: Window, out: Path, steps: int, say: Say) -> Path:
@@ -109,35 +107,6 @@ def _accuracy(scene: Scene, prediction: Raster, first: int) -> float:
     return right / (scene.height * width)
 
 
-@contextmanager
-def peak_memory(every: float = 0.02) -> Iterator[list[int]]:
-    """The most resident bytes of this process and its children while the block runs, as a list of one."""
-    process, peak, stop = psutil.Process(), [0], threading.Event()
-
-    def sample() -> None:
-        resident = 0
-        for one in (process, *process.children(recursive=True)):
-            try:
-                resident += one.memory_info().rss
-            except psutil.NoSuchProcess:
-                continue
-        peak[0] = max(peak[0], resident)
-
-    def watch() -> None:
-        while not stop.wait(every):
-            sample()
-
-    sample()
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
-        sample()
-
-
 def _draw(image: Raster, prediction: Raster, first: int, accuracy: float, path: Path) -> None:
     """The scene beside its prediction, with a legend, at most about 1000 pixels each."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -147,7 +116,7 @@ def _draw(image: Raster, prediction: Raster, first: int, accuracy: float, path: 
     step = -(-image.height // 1000)
     left = np.moveaxis(_coarse(image, (1, 2, 3), step, "average"), 0, -1)
     right = np.array(COLOURS, np.uint8)[_coarse(prediction, (1,), step, "mode")[0]]
-    figure = Figure(figsize=(13, 7), layout="constrained")
+    figure = Figure(figsize=(13, 7.8), layout="constrained")
     titles = ("red, green, blue (the network trained left of the line)", f"classes, {accuracy:.1%} right")
     for axes, pixels, title in zip(figure.subplots(1, 2), (left, right), titles, strict=True):
         axes.imshow(pixels)

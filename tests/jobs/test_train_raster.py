@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from bigvision.jobs.train_raster import TrainOptions, train
 from bigvision.jobs.train_raster.curves import read_curve
+from bigvision.jobs.train_raster.losses import build_loss
+from bigvision.jobs.train_raster.scene_steps import SceneSteps
 from bigvision.models.spec import load_model
 from datasets.scene_files import write_scene
 from datasets.scenes import Scene
@@ -159,6 +161,50 @@ def test_a_network_with_one_channel_learns_two_classes(tmp_path: Path) -> None:
     result = train(tmp_path / "pairs.csv", tmp_path / "run", options, quiet)
     assert load_file(result.weights)["head.0.weight"].shape[0] == 4
     assert result.score is None
+
+
+def test_whole_scenes_take_the_gradient_of_all_their_pixels(pairs: Path, tmp_path: Path) -> None:
+    options = replace(FAST, crop=0, steps_per_epoch=None, epochs=1, optimizer="sgd", lr=0.1, rows=16)
+    options = replace(options, schedule="constant", weight_decay=0.0, memory="1GiB", loss="dice+focal")
+    train(pairs, tmp_path / "run", options, quiet)
+    model = load_model(MODEL).requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    order = np.random.Generator(np.random.Philox(key=np.array([0, 0], np.uint64))).permutation(2)
+    for seed in order:
+        height = 150 + 10 * int(seed)
+        image, truth = Scene(height, 131, seed=int(seed)).read(0, 0, height, 131)
+        padded = torch.zeros(1, 4, -(-height // 4) * 4, 132)
+        padded[0, :, :height, :131] = (torch.from_numpy(image) / 255 - 0.4) / 0.2
+        logits = model(padded)[:, :, :height, :131]
+        optimizer.zero_grad()
+        build_loss("dice+focal")(logits, torch.from_numpy(truth.astype(np.int64))[None]).backward()
+        optimizer.step()
+    found = load_file(tmp_path / "run" / "weights.safetensors")
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_whole_scene_runs_resume_and_ask_for_possible_memory(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(FAST, crop=0, steps_per_epoch=None, epochs=2, checkpoint_every=1, rows=32)
+    train(pairs, tmp_path / "whole", options, quiet)
+    original = SceneSteps.__call__
+
+    def stopping(self: SceneSteps, model: torch.nn.Module, step: int) -> object:
+        if step == 3:
+            raise KeyboardInterrupt
+        return original(self, model, step)
+
+    monkeypatch.setattr(SceneSteps, "__call__", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train(pairs, tmp_path / "parts", options, quiet)
+    monkeypatch.setattr(SceneSteps, "__call__", original)
+    train(pairs, tmp_path / "parts", options, quiet)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    with pytest.raises(ValueError, match="memory budget"):
+        train(pairs, tmp_path / "tight", replace(options, memory="10kB"), quiet)
+    assert not (tmp_path / "tight").exists()
 
 
 def test_bad_input_is_named_before_any_work(pairs: Path, tmp_path: Path) -> None:

@@ -12,15 +12,18 @@ from torch.optim import Optimizer
 
 from bigvision.jobs.train_raster.curves import Row, RunCurves, read_curve
 from bigvision.jobs.train_raster.data import TrainingData, balanced_weights, channels_of, open_data
-from bigvision.jobs.train_raster.losses import Loss, build_loss
+from bigvision.jobs.train_raster.losses import build_loss
 from bigvision.jobs.train_raster.network import build_network
 from bigvision.jobs.train_raster.optimisation import OPTIMIZERS, learning_rate
 from bigvision.jobs.train_raster.options import TrainOptions
 from bigvision.jobs.train_raster.parallel import Ranks, joined_ranks
 from bigvision.jobs.train_raster.run_folder import RunFolder, fingerprint_of, open_run
+from bigvision.jobs.train_raster.scene_steps import SceneSteps
 from bigvision.jobs.train_raster.steps import CropSteps, Steps
 from bigvision.jobs.train_raster.validation import validate
 from bigvision.models.spec import parse_spec
+from bigvision.streaming.losses import Loss
+from bigvision.streaming.tape import NonFiniteError
 from datasets.pairs import Pair, read_pairs
 
 Say = Callable[[str], None]
@@ -76,7 +79,9 @@ class _Run:
         files = _files(pairs, options)
         asked = asdict(options) | {"overwrite": None, "tensorboard": None, "device": None}
         self.folder = RunFolder(out, fingerprint_of(asked, [asdict(pair) for pair in pairs], files=files))
-        self.steps: Steps = CropSteps(self.data.train, options, self.loss, ranks)
+        make = CropSteps if options.crop else SceneSteps
+        self.steps: Steps = make(self.data.train, options, self.loss, ranks)
+        self.steps.prepare(self.model)
         self.total = self.steps.per_epoch * options.epochs
         self.done, self.best = 0, -1.0
 
@@ -105,7 +110,10 @@ class _Run:
         rate = learning_rate(options.lr, options.schedule, self.done, self.total, options.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        result = self.steps(self.model, self.done)
+        try:
+            result = self.steps(self.model, self.done)
+        except NonFiniteError as error:
+            raise RuntimeError(f"step {self.done + 1}: {error}; {self._kept()}") from error
         weight = self.ranks.average_gradients(self.model, result.weight)
         share = torch.tensor(result.loss * result.weight / weight, dtype=torch.float64)
         loss = float(self.ranks.total(share.to(self.ranks.device)))
@@ -113,10 +121,13 @@ class _Run:
         if not (torch.isfinite(largest) and loss == loss and abs(loss) < float("inf")):
             raise RuntimeError(
                 f"step {self.done + 1}: loss {loss}, gradient norm {float(largest)} at {result.places}; "
-                f"the last checkpoint stands in {self.folder.path}"
+                f"{self._kept()}"
             )
         self.optimizer.step()
         return rate, loss
+
+    def _kept(self) -> str:
+        return f"the last checkpoint stands in {self.folder.path}"
 
     def _end_epoch(self, curves: RunCurves, seconds: float) -> None:
         epoch = self.done // self.steps.per_epoch

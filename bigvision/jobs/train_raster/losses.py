@@ -1,49 +1,17 @@
-"""Losses by name for crops that fit in memory.
-
-Shapes: logits [N, K, H, W], target int64 [N, H, W] with IGNORE where there is no class.
-"""
+"""Losses by name: `cross_entropy`, `dice`, `focal` and weighted sums of them."""
 
 from collections.abc import Callable
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = 255
-Loss = Callable[[Tensor, Tensor], Tensor]
+from bigvision.streaming.losses import CrossEntropy, Dice, Focal, Loss, WeightedSum
+from datasets.pairs import IGNORE
 
-
-def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean negative log-likelihood over labelled pixels, weighted by class; 0 where there are none."""
-    if not bool((target != IGNORE).any()):
-        return logits.sum() * 0
-    return F.cross_entropy(logits, target, weight, ignore_index=IGNORE)
-
-
-def dice(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """1 - the mean over classes of 2|P.T| / (|P| + |T|), soft, over all labelled pixels (Milletari, 2016)."""
-    labelled = (target != IGNORE)[:, None]
-    truth = F.one_hot(target.where(target != IGNORE, 0), logits.shape[1]).movedim(-1, 1) * labelled
-    probability = logits.softmax(1) * labelled
-    overlap = (probability * truth).sum((0, 2, 3))
-    size = probability.sum((0, 2, 3)) + truth.sum((0, 2, 3))
-    score = (2 * overlap + 1) / (size + 1)
-    return 1 - (score.mean() if weight is None else (score * weight).sum() / weight.sum())
-
-
-def focal(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Cross-entropy with the factor (1 - p)^2 (Lin et al., 2017), mean over labelled pixels."""
-    labelled = target != IGNORE
-    entropy = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
-    pixel = (1 - torch.exp(-entropy)) ** 2 * entropy * labelled
-    scale = labelled.to(pixel.dtype)
-    if weight is not None:
-        scale = scale * weight[target.where(labelled, 0)]
-        pixel = pixel * weight[target.where(labelled, 0)]
-    return pixel.sum() / scale.sum().clamp_min(torch.finfo(pixel.dtype).tiny)
-
-
-LOSSES = {"cross_entropy": cross_entropy, "dice": dice, "focal": focal}
+LOSSES: dict[str, Callable[[Tensor | None], Loss]] = {
+    "cross_entropy": lambda weight: CrossEntropy(weight, ignore_index=IGNORE),
+    "dice": lambda weight: Dice(weight, ignore_index=IGNORE),
+    "focal": lambda weight: Focal(weight=weight, ignore_index=IGNORE),
+}
 
 
 def parse_terms(text: str) -> list[tuple[float, str]]:
@@ -64,13 +32,5 @@ def parse_terms(text: str) -> list[tuple[float, str]]:
 
 
 def build_loss(text: str, weight: Tensor | None = None) -> Loss:
-    """The weighted sum of the losses that `text` names."""
-    terms = parse_terms(text)
-
-    def loss(logits: Tensor, target: Tensor) -> Tensor:
-        total = logits.new_zeros(())
-        for factor, name in terms:
-            total = total + factor * LOSSES[name](logits, target, weight)
-        return total
-
-    return loss
+    """The weighted sum of the losses that `text` names; `weight` has one number a class."""
+    return WeightedSum([(factor, LOSSES[name](weight)) for factor, name in parse_terms(text)])

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigvision.jobs.process.options import Options, parse_bytes
+from bigvision.jobs.train_raster.losses import parse_terms
 from bigvision.jobs.train_raster.optimisation import OPTIMIZERS, SCHEDULES
 
 
@@ -15,6 +16,8 @@ class TrainOptions:
     batch: crops a step, over all ranks. Whole scenes take one scene a rank and step.
     class_weights: one number a class, or "balanced" (inverse frequency in the training labels).
     steps_per_epoch: by default as many as cover the training pixels once.
+    memory, scratch, scratch_limit, rows: of a whole-scene step: bytes it may take, a folder for states that
+        don't fit and the bytes they may take there, image rows a step of the scan (None: planned).
     """
 
     model: str
@@ -39,7 +42,9 @@ class TrainOptions:
     dtype: str = "float32"
     device: str = "auto"
     memory: str = "4GiB"
+    rows: int | None = None
     scratch: Path | None = None
+    scratch_limit: str = "40GiB"
     checkpoint_every: int = 100
     seed: int = 0
     tensorboard: bool = False
@@ -59,8 +64,10 @@ class TrainOptions:
                 raise ValueError(
                     f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}"
                 )
-        if self.steps_per_epoch is not None and self.steps_per_epoch < 1:
-            raise ValueError(f"--steps-per-epoch must be at least 1, got {self.steps_per_epoch}")
+        for name in ("steps_per_epoch", "rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if not self.lr > 0 or self.weight_decay < 0 or (self.clip is not None and not self.clip > 0):
             raise ValueError(
                 f"--lr and --clip must be positive and --weight-decay not negative, got {self.lr}, "
@@ -69,6 +76,8 @@ class TrainOptions:
         if isinstance(self.class_weights, str) and self.class_weights != "balanced":
             raise ValueError(f"--class-weights {self.class_weights!r} is neither numbers nor balanced")
         parse_bytes(self.memory)
+        parse_bytes(self.scratch_limit)
+        parse_terms(self.loss)
         self.reading()
 
     def reading(self) -> Options:

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from bigvision.jobs.train_raster.losses import Loss
 from bigvision.jobs.train_raster.options import TrainOptions
 from bigvision.jobs.train_raster.parallel import Ranks
+from bigvision.streaming.losses import Loss
 from datasets.crops import Crop, draw_crop, read_crops
 from datasets.pairs import LabelledScene
 
@@ -34,6 +34,9 @@ class Steps(Protocol):
     """A way to train: `per_epoch` steps, each leaving gradients in the model."""
 
     per_epoch: int
+
+    def prepare(self, model: nn.Module) -> None:
+        """Raise now what would fail at the first step."""
 
     def __call__(self, model: nn.Module, step: int) -> StepResult:
         """Gradients of step `step` into `model`, in place of the old ones."""
@@ -55,6 +58,9 @@ class CropSteps:
         self.per_epoch = options.steps_per_epoch or once
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="crops")
         self._ahead: dict[int, Future[tuple[NDArray[np.float32], NDArray[np.uint8]]]] = {}
+
+    def prepare(self, model: nn.Module) -> None:
+        """Crops take what they take."""
 
     def __call__(self, model: nn.Module, step: int) -> StepResult:
         """Forward and backward of this rank's share of the batch."""

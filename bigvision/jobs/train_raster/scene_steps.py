@@ -1,0 +1,106 @@
+"""One training step on a whole scene: its exact gradient, streamed by rows in bounded memory.
+
+Batch norm uses its running statistics, which stay as they are. Shapes: C bands, H rows, W columns.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rasterio.windows import Window
+from torch import nn
+
+from bigvision.jobs.process.options import parse_bytes
+from bigvision.jobs.train_raster.data import check_unchanged
+from bigvision.jobs.train_raster.options import TrainOptions
+from bigvision.jobs.train_raster.parallel import Ranks
+from bigvision.jobs.train_raster.steps import StepResult
+from bigvision.streaming.backward import Budget, plan_backward
+from bigvision.streaming.checkpoints import Scratch
+from bigvision.streaming.losses import Loss
+from bigvision.streaming.model import StreamedModel
+from datasets.pairs import LabelledScene
+
+
+class ImageRows:
+    """A scene as the streaming engine reads it: [:, a:b] is float32 [C, b - a, W]."""
+
+    def __init__(self, scene: LabelledScene) -> None:
+        self.scene, self.shape = scene, scene.shape
+
+    def __getitem__(self, key: tuple[slice, slice]) -> NDArray[np.float32]:
+        """Normalised rows."""
+        return self.scene.image.read(_rows(key[1], self.shape))[0]
+
+
+class TargetRows:
+    """The classes of a scene: [a:b] is uint8 [b - a, W], 255 where there is none."""
+
+    def __init__(self, scene: LabelledScene) -> None:
+        self.scene, self.shape = scene, scene.shape[1:]
+
+    def __getitem__(self, key: slice) -> NDArray[np.uint8]:
+        """Classes of rows."""
+        return self.scene.read(_rows(key, self.scene.shape))[1]
+
+
+def _rows(rows: slice, shape: tuple[int, int, int]) -> Window:
+    start, stop, _ = rows.indices(shape[1])
+    return Window(0, start, shape[2], stop - start)
+
+
+class SceneSteps:
+    """A scene a rank and step, in an order shuffled anew each epoch."""
+
+    def __init__(
+        self, scenes: Sequence[LabelledScene], options: TrainOptions, loss: Loss, ranks: Ranks
+    ) -> None:
+        self.scenes, self.options, self.loss, self.ranks = scenes, options, loss, ranks
+        self.per_epoch = options.steps_per_epoch or -(-len(scenes) // ranks.world)
+        scratch = None
+        if options.scratch is not None:
+            scratch = Scratch(options.scratch, parse_bytes(options.scratch_limit))
+        self.budget = Budget(rows=options.rows, memory=parse_bytes(options.memory), scratch=scratch)
+        self._streamed: dict[tuple[int, int, int], StreamedModel] = {}
+
+    def prepare(self, model: nn.Module) -> None:
+        """Trace the model at every scene's size and plan its gradient; errors as `StreamedModel` has them.
+
+        Raises:
+            BudgetError: the memory and scratch budget can't hold a step; it says what could.
+        """
+        for scene in self.scenes:
+            streamed = self._model(model, scene.shape)
+            plan_backward(streamed.program, streamed.dtype, self.budget)
+
+    def __call__(self, model: nn.Module, step: int) -> StepResult:
+        """Forward and backward of this rank's scene."""
+        scene = self._scene(step)
+        model.zero_grad(set_to_none=True)
+        if scene is None:
+            return StepResult(0.0, 0.0, "no scene")
+        check_unchanged(scene, self.options)
+        result = self._model(model, scene.shape).backward(
+            ImageRows(scene), TargetRows(scene), self.loss, budget=self.budget
+        )
+        return StepResult(result.loss, 1.0, scene.pair.scene)
+
+    def close(self) -> None:
+        """Nothing is read ahead."""
+
+    def _scene(self, step: int) -> LabelledScene | None:
+        """The scene of this rank; None where an epoch's last step has fewer scenes than ranks."""
+        epoch, place = divmod(step, self.per_epoch)
+        key = np.array([self.options.seed, epoch], np.uint64)
+        order = np.random.Generator(np.random.Philox(key=key)).permutation(len(self.scenes))
+        index = place * self.ranks.world + self.ranks.rank
+        if self.options.steps_per_epoch is not None:
+            index %= len(order)
+        return self.scenes[order[index]] if index < len(order) else None
+
+    def _model(self, model: nn.Module, shape: tuple[int, int, int]) -> StreamedModel:
+        if shape not in self._streamed:
+            dtype = getattr(torch, self.options.dtype)
+            self._streamed[shape] = StreamedModel(model, shape, dtype=dtype, device=self.ranks.device)
+        return self._streamed[shape]
