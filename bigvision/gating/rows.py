@@ -22,6 +22,11 @@ def _layers(index: Tensor, num_rows: int) -> list[Tensor]:
     return [(rank == depth).nonzero().squeeze(1) for depth in range(deepest)]
 
 
+def _adds_in_order(device: torch.device) -> bool:
+    """Whether index_add_ adds in the order of its index; elsewhere atomics add in any order."""
+    return device.type == "cpu"
+
+
 def _blocks(rows: Tensor) -> list[slice]:
     """Slices of rows whose products stay in the cache of a CPU; one slice on an accelerator."""
     height = len(rows)
@@ -32,13 +37,14 @@ def _blocks(rows: Tensor) -> list[slice]:
 
 def add_rows_(table: Tensor, rows: Tensor, weight: Tensor | None, index: Tensor) -> None:
     """Add rows [N, ...] (times weight [N]) to a table [T, ...] by index int64 [N], in its order, untaped."""
-    # On an accelerator index_add_ is atomic and its order changes from run to run; without repeats it is not.
-    layers = [slice(None)] if rows.device.type == "cpu" else _layers(index, len(table))
     for block in _blocks(rows):
         part, where = rows[block].to(table.dtype), index[block]
         if weight is not None:
             part = part * weight[block].view(-1, *(1,) * (rows.dim() - 1))
-        for layer in layers:
+        if _adds_in_order(rows.device):
+            table.index_add_(0, where, part)
+            continue
+        for layer in _layers(where, len(table)):  # without repeats the order of a sum is that of the layers
             table.index_add_(0, where[layer], part[layer])
 
 

@@ -105,7 +105,8 @@ def threshold(
     ``tau_off``.
 
     Args:
-        scores: float [T, E]. Of uniform scores, ``tau = 1 - r`` selects each pair with probability r.
+        scores: float [T, E]; NaN is never selected. Of uniform scores, ``tau = 1 - r`` selects each pair with
+            probability r.
         tau: number, or tensor that broadcasts against the scores.
         tau_off: the lower threshold of the hysteresis, at most ``tau``; needs ``previous``.
         previous: bool [T, E], the last mask.

@@ -12,6 +12,8 @@ from .rows import sum_rows
 class StickyScores(nn.Module):
     """Exponential moving averages of scores by item, blended into the scores that select.
 
+    The memory is this process's: ranks that share items should each see the same ones again.
+
     Args:
         num_items: I.
         num_experts: E.

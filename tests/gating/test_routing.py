@@ -184,10 +184,14 @@ def test_narrow_rows_are_summed_in_float32(dtype: torch.dtype) -> None:
 def test_the_order_without_atomics_is_the_plain_sum(index: list[int]) -> None:
     ids = torch.tensor(index, dtype=torch.int64)
     layers = rows._layers(ids, 4)
+    values = torch.randn(len(index), 2, dtype=torch.float64)
+    plain = sum_rows(values, ids, 4)
+    with pytest.MonkeyPatch.context() as patch:  # as on an accelerator
+        patch.setattr(rows, "_adds_in_order", lambda device: False)
+        assert torch.equal(sum_rows(values, ids, 4), plain)
     assert sorted(torch.cat([*layers, ids[:0]]).tolist()) == list(range(len(index)))
     for layer in layers:
         assert len(ids[layer].unique()) == len(layer)
-    values = torch.randn(len(index), 2, dtype=torch.float64)
     expected = torch.zeros(4, 2, dtype=torch.float64)
     for layer in layers:
         expected.index_add_(0, ids[layer], values[layer])
