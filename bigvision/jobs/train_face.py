@@ -212,9 +212,8 @@ def _step(run: Run, iterator: Any, step: int) -> tuple[Stepped, float]:
     try:
         return run.stepper(iterator, seed % 2**63), lr
     except (DivergedError, FaceJobError, ValueError) as error:
-        name = "rank " if run.world.size > 1 and isinstance(error, DivergedError) else ""
-        who = f"{name}{run.world.rank}, " if name else ""
-        raise type(error)(f"step {step + 1}, {who}learning rate {lr:g}: {error}") from error
+        where = f"step {step + 1}, rank {run.world.rank}, learning rate {lr:g}"
+        raise type(error)(f"{where}: {error}") from error
 
 
 def _evaluate(run: Run, step: int, curves: Curves | None, reporter: Reporter) -> None:

@@ -63,7 +63,7 @@ class World:
         failed = {rank: text for rank, text in enumerate(told) if text is not None}
         rank, text = next(iter(failed.items()))
         same = len(failed) == self.size and len(set(failed.values())) == 1
-        who = "" if self.size == 1 else ("every rank, " if same else f"rank {rank}, ")
+        who = "" if self.size == 1 else ("on every rank, " if same else f"on rank {rank}, ")
         raise FaceJobError(f"{who}{doing}: {text}") from failure
 
     @contextmanager
@@ -85,7 +85,7 @@ class World:
 def _sentence(error: Exception) -> str:
     if isinstance(error, (ValueError, OSError, FaceJobError)):
         return str(error)
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__.removesuffix('Error')}: {error}"
 
 
 @contextmanager
