@@ -39,18 +39,16 @@ def enlarged(write_tif, noise, tmp_path: Path, side: int, bands: int) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["zarr", "tif"])
-def test_a_third_of_a_gigabyte_copies_within_a_few_hundred_mebibytes(
-    write_tif, noise, tmp_path, kind: str
-) -> None:
-    side, bands = 9000, 4
+def test_copying_takes_less_memory_than_the_raster_itself(write_tif, noise, tmp_path, kind: str) -> None:
+    side, bands = 10_000, 4
     source = enlarged(write_tif, noise, tmp_path, side, bands)
-    assert peak_mebibytes(source, kind, tmp_path / f"out.{kind}") < 600
+    assert peak_mebibytes(source, kind, tmp_path / f"out.{kind}") < side**2 * bands / 2**20
 
 
 @pytest.mark.parametrize("kind", ["zarr", "tif"])
-def test_648_megapixels_copy_within_600_mebibytes(shared_data, tmp_path, kind: str) -> None:
+def test_648_megapixels_copy_within_450_mebibytes(shared_data, tmp_path, kind: str) -> None:
     source = shared_data / "rasters" / "world_36000x18000_uint8.tif"
-    assert peak_mebibytes(source, kind, tmp_path / f"out.{kind}") < 600
+    assert peak_mebibytes(source, kind, tmp_path / f"out.{kind}") < 450
 
 
 def test_strips_as_wide_as_the_raster_are_read_once(write_tif, tmp_path) -> None:
