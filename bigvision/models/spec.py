@@ -61,7 +61,7 @@ def parse_spec(text: str) -> ModelSpec:
             "path/model.pt2"
         )
     pairs = parse_qsl(query, keep_blank_values=True)
-    if query and len(pairs) != query.count("&") + 1:
+    if query and not all("=" in part for part in query.split("&")):
         raise ValueError(f"model {text!r}: arguments are written ?key=value&key=value")
     return ModelSpec(source, factory, tuple((key, _value(value)) for key, value in pairs))
 

@@ -67,7 +67,7 @@ class TestScenesThatAreNone:
             tmp_path / "torn.tif", random_pixels((3, 200, 200)), compress="deflate", tiled=True
         )
         content = bytearray(file.read_bytes())
-        content[3000:9000] = b"\0" * 6000
+        content[20_000:-100] = b"\xff" * (len(content) - 20_100)
         file.write_bytes(content)
         assert "torn.tif" in error_of(tmp_path, file)
 

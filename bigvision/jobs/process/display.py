@@ -83,8 +83,11 @@ def show_progress(console: Console, watch: MemoryWatch) -> Iterator[Watcher]:
         yield Bar(progress, console)
 
 
-def print_table(console: Console, outcomes: Sequence[Outcome]) -> None:
-    """What became of each scene."""
+def print_table(outcomes: Sequence[Outcome]) -> None:
+    """What became of each scene, on standard output: as wide as the terminal, or as a file needs it."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120 + max(len(o.error or o.result) for o in outcomes))
     table = Table(box=None, pad_edge=False)
     for name in ("scene", "status", "Mpx", "Mpx/s", "memory", "result or error"):
         table.add_column(name, overflow="fold", justify="right" if name.startswith("M") else "left")
@@ -98,4 +101,4 @@ def print_table(console: Console, outcomes: Sequence[Outcome]) -> None:
             f"{outcome.peak_bytes / 2**30:.2f} GiB" if outcome.peak_bytes else "",
             outcome.error or outcome.result,
         )
-    console.print(table, highlight=False, soft_wrap=not console.is_terminal)
+    console.print(table, highlight=False)

@@ -42,7 +42,7 @@ def process_scenes(scenes: Sequence[str], out: Path, options: Options, *, report
                 console.print(f"warning: {outcome.scene}: {outcome.warning}", highlight=False, soft_wrap=True)
             if report is not None:
                 write_report(report, outcomes)
-    print_table(Console(), outcomes)
+    print_table(outcomes)
     return all(outcome.status != "failed" for outcome in outcomes)
 
 
