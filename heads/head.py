@@ -191,9 +191,10 @@ class ShardedMarginHead(nn.Module):
             self.refresh_norms()
         gate = self.gate if self.training else None
         loss, done = forward_pass(self.shard, self.ranks, self.margin, gate, batch, self.step, self._version)
-        wanted = None if gate is None else gate.expected(self.step + 1)
-        if wanted is not None:
-            self.shard.store.prefetch(wanted)
+        if gate is not None and self.shard.store.prefetches:
+            wanted = gate.expected(self.step + 1)
+            if wanted is not None:
+                self.shard.store.prefetch(wanted)
         return loss, done
 
     def refresh_norms(self) -> None:

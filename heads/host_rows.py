@@ -20,6 +20,8 @@ class HostRows:
     The cache grows to the largest tile it is asked for. `hits` and `misses` count rows.
     """
 
+    prefetches = False
+
     def __init__(
         self,
         names: Sequence[str],
@@ -58,8 +60,7 @@ class HostRows:
             self._cache[name][places.to(self._device)] = value
 
     def prefetch(self, rows: Rows) -> None:
-        """Brings as many of the rows into the cache as fit."""
-        self._bring_in(_indices(rows)[: len(self._row)])
+        """Nothing: backward still wants this step's rows in the cache."""
 
     def whole(self, name: str) -> Tensor:
         """See `RowStore.whole`."""

@@ -29,6 +29,8 @@ class MappedRows:
     unknown. Raises ValueError where the folder's disk has no room for them.
     """
 
+    prefetches = True
+
     def __init__(
         self,
         names: Sequence[str],

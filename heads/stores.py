@@ -19,6 +19,7 @@ class RowStore(Protocol):
     """Columns of equal shape [n, D] and dtype, by name ("weight" and the optimiser's moments)."""
 
     names: tuple[str, ...]
+    prefetches: bool  # whether it makes use of `prefetch`
 
     def load(self, rows: Rows, names: Sequence[str]) -> dict[str, Tensor]:
         """The rows of the named columns, [K, D] each on the device; valid until the next load."""
@@ -29,7 +30,7 @@ class RowStore(Protocol):
         ...
 
     def prefetch(self, rows: Rows) -> None:
-        """Says which rows are wanted soon. May do nothing."""
+        """Says which rows the next step wants."""
         ...
 
     def whole(self, name: str) -> Tensor:
@@ -43,6 +44,8 @@ class RowStore(Protocol):
 
 class DeviceRows:
     """Columns in the memory of one device."""
+
+    prefetches = False
 
     def __init__(
         self, names: Sequence[str], shape: tuple[int, int], dtype: torch.dtype, device: torch.device
