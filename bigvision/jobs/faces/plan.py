@@ -117,7 +117,7 @@ def backbone_memory(options: TrainOptions, images: int) -> tuple[int, int]:
         x = torch.empty(images, 3, options.image_size, options.image_size)
         parameters = sum(p.numel() * p.element_size() for p in model.parameters())
         for parameter in model.parameters():
-            kept[id(parameter)] = 0
+            kept[parameter.untyped_storage()._cdata] = 0  # counted already, and kept as views too
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             y = run_twice(model, x) if images == 1 else model(x)
         del y
@@ -138,8 +138,7 @@ def kept_bytes() -> Iterator[dict[int, int]]:
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if not isinstance(tensor, nn.Parameter):
-            kept.setdefault(storage._cdata, storage.nbytes())
+        kept.setdefault(storage._cdata, storage.nbytes())
         alive.append(tensor)
         return tensor
 
