@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from bigvision.cli import demo, export, face, ingest, process, train
+from bigvision.cli import demo, export, face, ingest, plan, process, train
 
 app = typer.Typer(
     name="bigvision",
@@ -16,6 +16,7 @@ app = typer.Typer(
 app.command("process")(process.process)
 app.command("ingest")(ingest.ingest)
 app.command("export")(export.export)
+app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("demo")(demo.demo)
 app.add_typer(face.app, name="face")

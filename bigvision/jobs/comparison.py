@@ -249,9 +249,9 @@ devices. **Bytes per FLOP** say how much memory each unit of compute brings alon
   this project is about: the one is sharded and gated, the other streamed.
 
 Every multiplication counts here, also those of routers, of logits and of the keys that decoders compute from
-the encoder's output, so the FLOPs lie up to a quarter above those that the Switch paper prints in its table 9.
-Parameters agree with the papers within 2 %; the model that the Switch paper's text calls 13 B has
-{quantity(rows[xxl].cost.parameters)}by its printed dimensions, as its table says.
+the encoder's output, so the FLOPs lie up to a quarter above those that table 9 of the Switch paper prints.
+Parameters agree with the papers within 2 %; T5-XXL, also called T5-13B, has
+{quantity(rows[xxl].cost.parameters).strip()} of them by its printed dimensions, as that table says.
 """
 
 

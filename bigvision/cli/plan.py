@@ -1,0 +1,122 @@
+"""`bigvision plan`: what a network over a scene would take, before any work."""
+
+import json as json_format
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bigvision.cli.process import DType, Output, numbers
+
+if TYPE_CHECKING:
+    from bigvision.jobs.plan import RasterPlan
+
+
+def plan(
+    scene: Annotated[str, typer.Argument(help="A raster; its header, and at most a few regions, are read.")],
+    model: Annotated[str, typer.Option(help="As for bigvision process.")],
+    weights: Annotated[Path | None, typer.Option(help="A .safetensors or .pth state dict.")] = None,
+    bands: Annotated[str | None, typer.Option(help="Bands to read, from 1, in order: 1,2,3.")] = None,
+    resolution: Annotated[float | None, typer.Option(help="Resample to this pixel size (CRS units).")] = None,
+    mean: Annotated[str | None, typer.Option(help="Mean of each band, subtracted after --scale.")] = None,
+    std: Annotated[str | None, typer.Option(help="Standard deviation of each band.")] = None,
+    scale: Annotated[float, typer.Option(help="Divide the values by this first.")] = 1.0,
+    output: Annotated[Output, typer.Option(help="What would be written.")] = Output.classes,
+    tile: Annotated[int | None, typer.Option(help="Side of a tile's core in pixels.")] = None,
+    halo: Annotated[int | None, typer.Option(help="An approximate halo.")] = None,
+    memory: Annotated[str, typer.Option(help="Peak memory of the job, and of a training step.")] = "4GiB",
+    scratch_limit: Annotated[
+        str | None, typer.Option(help="Bytes on a disk for the states of a training step.")
+    ] = None,
+    dtype: Annotated[DType, typer.Option(help="auto: bfloat16 where the classes agree.")] = DType.auto,
+    workers: Annotated[int | None, typer.Option(help="Local worker processes.")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="REPORT", help="Write the plan for programs.")] = None,
+    trust_model: Annotated[bool, typer.Option("--trust-model", help="Load a .pt2.")] = False,
+) -> None:
+    """Say what a network over a scene takes: compute, memory and time; whole, in tiles, streamed, trained."""
+    from bigvision.jobs.plan import plan as job
+    from bigvision.jobs.process.options import Options, parse_bytes
+
+    options = Options(
+        model=model,
+        weights=weights,
+        bands=None if bands is None else tuple(int(band) for band in numbers(bands) or ()),
+        resolution=resolution,
+        mean=numbers(mean),
+        std=numbers(std),
+        scale=scale,
+        output=output.value,
+        tile=tile,
+        halo=halo,
+        memory=memory,
+        dtype=dtype.value,
+        workers=workers,
+        trust_model=trust_model,
+    )
+    limit = 0 if scratch_limit is None else parse_bytes(scratch_limit)
+    found = job(scene, options, scratch_limit=limit)
+    typer.echo(text(found))
+    if json is not None:
+        json.write_text(json_format.dumps(found.record(), indent=1) + "\n")
+
+
+def text(found: "RasterPlan") -> str:
+    """The plan as aligned lines."""
+    channels, height, width = found.shape
+    lines = [
+        ("scene", f"{channels} bands, {height} x {width} ({height * width / 1e6:.1f} megapixels)"),
+        ("model", f"{found.model}: {found.parameters:,} parameters, {found.classes} classes"),
+        ("compute", f"{_count(found.flops)}FLOP a scene, {found.flops_per_parameter:.3g} a parameter"),
+        ("bytes per FLOP", f"{found.bytes_per_flop:.3g} (weights and all activations, float32)"),
+        ("run whole", f"{_size(found.dense_forward_bytes)} at once, {_size(found.activation_bytes)} in all"),
+        ("trained whole", _size(found.dense_training_bytes)),
+    ]
+    if found.streaming is None:
+        lines.append(("streamed", f"not possible: {found.not_streamed}"))
+    else:
+        streaming = found.streaming
+        disk = f" and {_size(streaming.training_disk_bytes)} on disk" if streaming.training_disk_bytes else ""
+        lines += [
+            ("streamed", f"{_size(streaming.forward_bytes)} of buffers ({found.dtype})"),
+            (
+                "trained streamed",
+                f"{_size(streaming.training_bytes)}{disk}, {streaming.rows} rows a step, "
+                f"{streaming.recomputation:.2f} forward passes done again",
+            ),
+        ]
+    return "\n".join(f"{name:<17}{value}" for name, value in lines + _job_lines(found))
+
+
+def _job_lines(found: "RasterPlan") -> list[tuple[str, str]]:
+    """What `bigvision process` would do."""
+    if found.tiles is None:
+        return [("process", f"refused: {found.refused}")]
+    tiles = found.tiles
+    return [
+        (
+            "process",
+            f"tiles of {tiles.tile} px, halo {tiles.halo} px, stride {tiles.stride} px ({tiles.exactness}), "
+            f"{found.overhead:.2f} x the pixels, {found.dtype}",
+        ),
+        ("predicted peak", _size(tiles.predicted_bytes)),
+        ("predicted time", f"{found.seconds:.0f} s here ({_rate(found):.2f} megapixels/s)"),
+        ("output", f"{_size(found.output_bytes)} before compression"),
+    ]
+
+
+def _rate(found: "RasterPlan") -> float:
+    return found.shape[1] * found.shape[2] / 1e6 / max(found.seconds, 1e-9)
+
+
+def _size(size: float) -> str:
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB")):
+        if size >= 2**power:
+            return f"{size / 2**power:.2f} {unit}"
+    return f"{size / 2**10:.1f} KiB"
+
+
+def _count(value: float) -> str:
+    for power, prefix in ((15, "P"), (12, "T"), (9, "G")):
+        if value >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}"
+    return f"{value / 1e6:.3g} M"

@@ -1,0 +1,225 @@
+"""What a network over a scene would take, before any work: compute, memory, time, dense against streamed.
+
+Legend: C bands, K classes, H and W rows and columns of the scene.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bigvision.graph.cost import Cost, cost
+from bigvision.graph.flow import UnsupportedOperatorError
+from bigvision.graph.geometry import trace_padded
+from bigvision.graph.trace import TracedGraph, UntraceableError
+from bigvision.jobs.process.geometry import analyse
+from bigvision.jobs.process.network import Network, load_network, network_spec
+from bigvision.jobs.process.options import Options
+from bigvision.jobs.process.planning import Plan, plan_tiles
+from bigvision.jobs.process.precision import choose_precision
+from bigvision.jobs.process.results import ResultKind
+from bigvision.jobs.process.scene import open_scene
+from bigvision.models.spec import load_model
+from bigvision.streaming.backward import Budget, plan_backward
+from bigvision.streaming.checkpoints import BudgetError, Scratch
+from bigvision.streaming.footprint import state_bytes, tape_bytes
+from bigvision.streaming.program import Program, compile_program
+from bigvision.streaming.schedule import schedule
+from tiling import TileGrid
+
+_STREAM_ROWS = 64
+_TRIAL = 512  # rows and columns of the tile that the speed is measured on
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """What the streaming engine would take. disk_bytes: of scratch; recomputation: in forward passes."""
+
+    forward_bytes: int
+    training_bytes: int
+    training_disk_bytes: int
+    rows: int
+    recomputation: float
+
+
+@dataclass(frozen=True)
+class RasterPlan:
+    """One network over one scene.
+
+    Attributes:
+        shape: (C, H, W). classes: K. dtype: that `bigvision process` would choose.
+        parameters, flops: of the network, and of one forward pass over the scene.
+        weight_bytes, activation_bytes: all weights and all results, in float32.
+        dense_forward_bytes, dense_training_bytes: peak when run whole, without and with gradients (weights,
+            their gradients and one momentum included).
+        stride, halo, inexact: of tiles; why they can't be exact.
+        tiles: how `bigvision process` would cut the scene; None, with `refused`, where it would refuse.
+        overhead: pixels computed for each pixel of the scene.
+        streaming: None, with `not_streamed`, where no streaming is possible.
+        seconds: predicted for `bigvision process` here, from the speed of one tile; 0 where refused.
+        output_bytes: of the result before compression.
+    """
+
+    scene: str
+    model: str
+    shape: tuple[int, int, int]
+    classes: int
+    dtype: str
+    parameters: int
+    flops: int
+    weight_bytes: int
+    activation_bytes: int
+    dense_forward_bytes: int
+    dense_training_bytes: int
+    stride: int
+    halo: int
+    inexact: tuple[str, ...]
+    tiles: Plan | None
+    refused: str
+    overhead: float
+    streaming: Streaming | None
+    not_streamed: str
+    seconds: float
+    output_bytes: int
+
+    @property
+    def flops_per_parameter(self) -> float:
+        """How often the scene uses a parameter."""
+        return self.flops / max(1, self.parameters)
+
+    @property
+    def bytes_per_flop(self) -> float:
+        """Bytes of weights and activations for each FLOP."""
+        return (self.weight_bytes + self.activation_bytes) / max(1, self.flops)
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        derived = {"flops_per_parameter": self.flops_per_parameter, "bytes_per_flop": self.bytes_per_flop}
+        return asdict(self) | derived
+
+
+def plan(scene: str, options: Options, *, scratch_limit: int = 0) -> RasterPlan:
+    """Plan `bigvision process` and training on one scene; of the scene, a few regions are read at most.
+
+    scratch_limit: bytes that states spilled in training may take on a disk.
+
+    Raises:
+        ValueError: as `bigvision process` would, for a scene or model that doesn't load or fit.
+    """
+    return _Planner(scene, options, scratch_limit).plan()
+
+
+class _Planner:
+    def __init__(self, name: str, options: Options, scratch_limit: int) -> None:
+        self.name, self.options, self.scratch_limit = name, options, scratch_limit
+        self.scene = open_scene([name], options)
+        self.shape = self.scene.shape
+        self.spec = network_spec(options, self.shape[0])
+        self.network: Network = load_network(self.spec)
+        self.kind = ResultKind(options.output, self.network.classes, options.threshold)
+        self.analysis = analyse(self.network.module, self.shape)
+        self.precision = choose_precision(self.scene, self.spec, options, self.kind, self.analysis.stride)
+
+    @cached_property
+    def traced(self) -> TracedGraph:
+        """At the true size, as it is trained: batch norm not folded."""
+        return trace_padded(self.unfolded, self.shape)[0]
+
+    @cached_property
+    def unfolded(self) -> nn.Module:
+        options = self.options
+        return load_model(options.model, options.weights, trust=options.trust_model)
+
+    def plan(self) -> RasterPlan:
+        try:
+            found: Cost = cost(self.traced)
+        except UntraceableError as error:
+            raise ValueError(f"{self.options.model} can't be planned: {error}") from error
+        tiles, refused = self._tiles()
+        streaming, not_streamed = self._streaming()
+        overhead = self._overhead(tiles)
+        _, height, width = self.shape
+        seconds = self._seconds_per_pixel() * overhead * height * width if tiles else 0.0
+        size = np.dtype(self.kind.dtype).itemsize
+        return RasterPlan(
+            scene=self.name,
+            model=self.options.model,
+            shape=self.shape,
+            classes=self.network.classes,
+            dtype=self.precision.dtype,
+            parameters=found.parameters,
+            flops=found.flops,
+            weight_bytes=found.parameter_bytes,
+            activation_bytes=found.dense_bytes,
+            dense_forward_bytes=found.dense_peak_bytes + found.parameter_bytes,
+            dense_training_bytes=found.dense_bytes + 3 * found.parameter_bytes,
+            stride=self.analysis.stride,
+            halo=self.analysis.halo,
+            inexact=self.analysis.inexact,
+            tiles=tiles,
+            refused=refused,
+            overhead=overhead,
+            streaming=streaming,
+            not_streamed=not_streamed,
+            seconds=seconds / (self.options.workers or 1),
+            output_bytes=self.kind.bands * height * width * size,
+        )
+
+    def _tiles(self) -> tuple[Plan | None, str]:
+        try:
+            chosen = plan_tiles(self.shape, self.kind, self.analysis, self.options, self.precision)
+        except ValueError as error:
+            return None, str(error)
+        return chosen, ""
+
+    def _overhead(self, tiles: Plan | None) -> float:
+        if tiles is None:
+            return 1.0
+        return TileGrid(self.shape[1], self.shape[2], tiles.tile, tiles.halo, tiles.stride).overhead
+
+    def _streaming(self) -> tuple[Streaming | None, str]:
+        dtype = getattr(torch, self.precision.dtype)
+        scratch = Scratch(".", self.scratch_limit) if self.scratch_limit else None  # type: ignore[arg-type]
+        try:
+            program = compile_program(self.traced)
+            passes = plan_backward(program, dtype, Budget(None, self.options.memory_bytes, scratch))
+        except (UnsupportedOperatorError, BudgetError) as error:
+            return None, str(error)
+        largest = max(passes, key=lambda one: one.peak_bytes)
+        return Streaming(
+            forward_bytes=streamed_forward_bytes(program, dtype),
+            training_bytes=largest.peak_bytes,
+            training_disk_bytes=max(one.disk_bytes for one in passes),
+            rows=largest.rows,
+            recomputation=sum(one.recomputation for one in passes) / len(passes),
+        ), ""
+
+    @torch.inference_mode()
+    def _seconds_per_pixel(self) -> float:
+        """Measured on one tile, the best of three."""
+        network = load_network(network_spec(self.options, self.shape[0], self.precision.dtype))
+        stride = self.analysis.stride
+        sides = [min(-(-side // stride) * stride, -(-_TRIAL // stride) * stride) for side in self.shape[1:]]
+        image = torch.zeros(self.shape[0], *sides)
+        network(image)
+        best = float("inf")
+        for _ in range(3):
+            begun = time.perf_counter()
+            network(image)
+            best = min(best, time.perf_counter() - begun)
+        return best / (sides[0] * sides[1])
+
+
+def streamed_forward_bytes(program: Program, dtype: torch.dtype, rows: int = _STREAM_ROWS) -> int:
+    """The most that line buffers and the results of one step take, at `rows` image rows a step."""
+    most = 0
+    for walk in program.passes:
+        steps = schedule(walk, min(rows, walk.stages[0].size))
+        results = tape_bytes(walk, steps, dtype)
+        most = max(most, int((state_bytes(walk, steps, dtype)[1:] + results).max()))
+    weights = sum(tensor.numel() * dtype.itemsize for _, tensor in program.traced.parameters())
+    return most + weights
