@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bigvision.jobs.faces import checkpoint
 from bigvision.jobs.faces.agreement import FaceJobError, World, world_of_torchrun
+from bigvision.jobs.faces.centres import take_centres
 from bigvision.jobs.faces.curves import Curves, Point, Score
 from bigvision.jobs.faces.embed import Embedder
 from bigvision.jobs.faces.evaluation import evaluate_source, open_evaluation
@@ -138,6 +139,8 @@ def _build(options: TrainOptions, plan: Plan, world: World) -> checkpoint.Traini
         seed=options.seed,
         device=world.device,
     )
+    if options.centres is not None:
+        take_centres(head, options.centres)
     trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(
         trained, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay

@@ -10,10 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import heads
 from bigvision.jobs.faces.agreement import FaceJobError, World
+from bigvision.jobs.faces.centres import take_centres
 from bigvision.jobs.faces.curves import Curves, Point
 from bigvision.jobs.faces.launch import command, launch
 from bigvision.jobs.faces.options import TrainOptions, parse
@@ -125,6 +127,23 @@ def test_sizes_as_text() -> None:
     ]
     with pytest.raises(ValueError, match="'much' is not a size"):
         parse_size("much")
+
+
+def test_centres_come_from_a_file(tmp_path: Path) -> None:
+    head = heads.ShardedMarginHead(5, 8, optimizer=heads.SGD(lr=0.1), storage="float64", tile=2)
+    wanted = torch.randn(5, 8, dtype=torch.float64)
+    save_file({"weight": wanted}, tmp_path / "centres.safetensors")
+    take_centres(head, tmp_path / "centres.safetensors")
+    assert torch.equal(head.full_centers(), wanted)
+    again = heads.ShardedMarginHead(5, 8, optimizer=heads.SGD(lr=0.1), storage="float64", seed=3)
+    take_centres(again, tmp_path / "centres.safetensors")
+    x, y = torch.randn(4, 8, dtype=torch.float64), torch.arange(4)
+    torch.testing.assert_close(head(x, y), again(x, y), rtol=1e-12, atol=0)
+    other = heads.ShardedMarginHead(6, 8, optimizer=heads.SGD(lr=0.1))
+    with pytest.raises(ValueError, match=r"are \(5, 8\), the head's \(6, 8\)"):
+        take_centres(other, tmp_path / "centres.safetensors")
+    with pytest.raises(ValueError, match="cannot be read"):
+        take_centres(other, tmp_path / "absent.safetensors")
 
 
 class Tiny(nn.Module):

@@ -8,12 +8,15 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
+import psutil
 import pytest
 import torch
 import torch.utils.tensorboard
@@ -22,6 +25,7 @@ from safetensors.torch import load_file
 
 from bigvision.jobs import train_face
 from bigvision.jobs.faces import checkpoint
+from bigvision.jobs.faces.launch import command
 from datasets.recordio import ImageRecord, RecordWriter, pack_image_record
 
 SMALL = {
@@ -316,6 +320,36 @@ def test_every_way_to_train_trains(tmp_path: Path, changed: dict[str, str]) -> N
     filled = {name: value.format(centres=tmp_path / "centres") for name, value in changed.items()}
     assert run(2, tmp_path / "run", epochs="1", **filled) == ["", ""]
     assert all(loss == loss for loss in losses(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_a_rank_killed_under_torchrun_is_replaced_and_the_run_goes_on(tmp_path: Path) -> None:
+    words = command(arguments(tmp_path / "run", epochs="6", resume="auto"), ranks=2, max_restarts=2)
+    with (tmp_path / "log").open("w") as log:
+        run_of_two = subprocess.Popen(
+            words, stderr=log, stdout=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        try:
+            victim = wait_for_a_rank(run_of_two.pid, tmp_path / "run")
+            victim.kill()
+            assert run_of_two.wait(400) == 0, (tmp_path / "log").read_text()[-3000:]
+        finally:
+            run_of_two.kill()
+    assert [row["step"] for row in curve(tmp_path / "run")] == list(range(1, 25))
+    assert "going on from step" in (tmp_path / "log").read_text()
+    assert run(2, tmp_path / "whole", epochs="6") == ["", ""]
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
+
+
+def wait_for_a_rank(launcher: int, out: Path) -> psutil.Process:
+    """A rank of the run, once it has saved a checkpoint."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if checkpoint.checkpoints(out / "checkpoints"):
+            children = psutil.Process(launcher).children()
+            return [child for child in children if "bigvision.jobs.train_face" in child.cmdline()][-1]
+        time.sleep(0.05)
+    raise TimeoutError("no checkpoint appeared")
 
 
 def test_a_plan_trains_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:
 
 
 def launch(arguments: Sequence[str], *, ranks: int, max_restarts: int) -> int:
-    """Run torchrun and return its exit status. Raises ValueError, before it starts, for impossible options."""
+    """Run torchrun and return its exit status. Raises ValueError for impossible options before it starts."""
     if "--help" in arguments or "-h" in arguments:
         print(HELP + "\n" + parser("bigvision face train").format_help())
         return 0

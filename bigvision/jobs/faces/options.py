@@ -22,6 +22,7 @@ class TrainOptions:
     out: Annotated[Path, "folder of the run: checkpoints, curves, the trained backbone"]
     backbone: Annotated[str, "iresnet18/34/50/100, mobilefacenet[_large] or torchvision:NAME"] = "iresnet18"
     weights: Annotated[Path | None, "start from these weights (safetensors or a state dict)"] = None
+    centres: Annotated[Path | None, "start from these class centres (of `bigvision face convert`)"] = None
     dim: Annotated[int, "width of the embedding"] = 512
     image_size: Annotated[int, "side of the square images in pixels"] = 112
     margin: Annotated[str, "m1,m2,m3, or adaface, or magface"] = "1,0.5,0"
