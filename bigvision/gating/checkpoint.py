@@ -7,7 +7,7 @@ look for names, not for ranks. The folder appears under its name only when every
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -71,26 +71,46 @@ def save_experts(
     Raises:
         ValueError: another number of experts than the rank's.
         FileExistsError: the folder is there already.
+        RuntimeError: another rank failed.
     """
     path = Path(path)
-    rank, world = _place(group)
-    own = _own(experts, num_experts, rank, world)
-    if path.exists():
-        raise FileExistsError(f"{path} exists already")
     folder = _partial(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = expert_tensors(experts, own)
-    if rank == 0 and shared is not None:
-        tensors |= {f"shared.{name}": tensor for name, tensor in shared.state_dict().items()}
-    _write(folder / f"rank-{rank:05d}-of-{world:05d}.safetensors", tensors)
+    rank, world = _place(group)
+    with _together(group):
+        own = _own(experts, num_experts, rank, world)
+        if path.exists():
+            raise FileExistsError(f"{path} exists already")
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = expert_tensors(experts, own)
+        if rank == 0 and shared is not None:
+            tensors |= {f"shared.{name}": tensor for name, tensor in shared.state_dict().items()}
+        _write(folder / f"rank-{rank:05d}-of-{world:05d}.safetensors", tensors)
+    with _together(group):
+        if rank == 0:
+            for stale in set(folder.iterdir()) - set(_names(folder, world)):
+                stale.unlink()  # of an attempt with another number of ranks that did not finish
+            folder.replace(path)
+
+
+@contextmanager
+def _together(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """End on all ranks at once: an error is raised on its rank and named on the others, which else would wait."""
+    rank, world = _place(group)
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    told: list[str | None] = [None] * world
     if world > 1:
-        dist.barrier(group)
-    if rank == 0:
-        for stale in set(folder.iterdir()) - set(_names(folder, world)):
-            stale.unlink()  # of an attempt with another number of ranks that did not finish
-        folder.replace(path)
-    if world > 1:
-        dist.barrier(group)
+        dist.all_gather_object(
+            told, None if error is None else f"{type(error).__name__}: {error}", group=group
+        )
+    if error is not None:
+        raise error
+    failed = {other: message for other, message in enumerate(told) if message is not None}
+    if failed:
+        raise RuntimeError(f"other ranks failed, rank {rank} did not: {failed}")
 
 
 def _names(folder: Path, world: int) -> Iterator[Path]:
@@ -118,17 +138,18 @@ def load_experts(
         ValueError: another number of experts than saved, or tensors that are missing, left over or shaped
         otherwise.
         FileNotFoundError: no such folder.
+        RuntimeError: another rank failed.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"no checkpoint at {path}")
     rank, world = _place(group)
-    own = _own(experts, num_experts, rank, world)
-    with ExitStack() as stack:
+    with _together(group), ExitStack() as stack:
+        if not path.is_dir():
+            raise FileNotFoundError(f"no checkpoint at {path}")
+        own = _own(experts, num_experts, rank, world)
         files = [stack.enter_context(safe_open(f, "pt")) for f in sorted(path.glob("*.safetensors"))]
         where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a mapping
         saved = {int(name.split(".")[1]) for name in where if name.startswith("experts.")}
-        if saved - set(range(num_experts)) or (saved and max(saved) + 1 != num_experts):
+        if saved and max(saved) + 1 != num_experts:
             raise ValueError(f"the checkpoint holds {max(saved) + 1} experts, asked for {num_experts}")
         for i, expert in zip(own, experts, strict=True):
             _load_module(expert, f"experts.{i}.", where)

@@ -44,7 +44,8 @@ def _best(scores: Tensor, count: int | Tensor, free: Tensor | None) -> Tensor:
         raise ValueError(
             f"{int(ranked.isnan().sum())} of {scores.numel()} scores are NaN, which have no order"
         )
-    if most == int(wanted.min()):
+    # On CUDA torch counts kthvalue among what is not deterministic (its index is not, its value is).
+    if most == int(wanted.min()) and scores.device.type == "cpu":
         last = ranked.kthvalue(num_columns - most + 1, dim=1, keepdim=True).values
     else:
         last = ranked.topk(most, dim=1).values.gather(1, (wanted - 1).clamp(min=0)[:, None])
