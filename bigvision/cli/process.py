@@ -94,6 +94,12 @@ def process(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace outputs of other commands.")
     ] = False,
+    route: Annotated[
+        Path | None, typer.Option(metavar="ROUTE.toml", help="A cheap network, and this one where it pays.")
+    ] = None,
+    previous: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Earlier output whose unchanged tiles are copied.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(metavar="REPORT", help="Write a report for programs.")] = None,
     trust_model: Annotated[
         bool, typer.Option("--trust-model", help="Load a .pt2, which can carry pickled code.")
@@ -130,6 +136,8 @@ def process(
         workers=workers,
         scheduler=scheduler,
         overwrite=overwrite,
+        route=route,
+        previous=previous,
     )
     if not process_scenes(scenes, out, options, report=json):
         raise typer.Exit(1)

@@ -22,8 +22,8 @@ class PixelRefiner(nn.Module):
     Args:
         network: [B, C, H, W] -> [B, K, H, W] of stride 1 with an exact halo.
         channels: C.
-        dense_above: share of selected pixels from which the network runs over the whole image; by default where
-            its FLOPs over neighbourhoods reach those over the image.
+        dense_above: share of selected pixels from which the network runs over the whole image; by default
+            where its FLOPs over neighbourhoods reach those over the image.
 
     Raises:
         ValueError: a network with a stride or that no halo fits; a share outside 0..1.
@@ -76,7 +76,7 @@ class PixelRefiner(nn.Module):
         return coarse.permute(0, 2, 3, 1).index_put(where, values.to(coarse.dtype)).permute(0, 3, 1, 2)
 
     def _gathered(self, x: Tensor, mask: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Values [N, K] of the selected pixels and where they are; pixels whose windows are alike together."""
+        """Values [N, K] of the selected pixels and where they are, those of like windows together."""
         program = self.known.program(*x.shape[-2:])
         image, row, col = mask.nonzero(as_tuple=True)
         halo = self.known.shape.halo

@@ -57,7 +57,8 @@ class MixedResolution(nn.Module):
                 )
             if one.shape.halo > region // factors[-1]:
                 raise ValueError(
-                    f"layer {i} has a halo of {one.shape.halo} px, the coarsest region {region // factors[-1]} px"
+                    f"layer {i} has a halo of {one.shape.halo} px, the coarsest region "
+                    f"{region // factors[-1]} px"
                 )
             self.known.append(one)
             channels = one.shape.channels

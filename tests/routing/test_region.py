@@ -24,7 +24,7 @@ def make_experts() -> dict[str, nn.Module]:
     }
     for module in experts.values():
         module.double().eval()
-        for name, buffer in module.named_buffers():
+        for buffer in module.buffers():
             if buffer.is_floating_point():
                 buffer.uniform_(0.5, 1.5)
     return experts

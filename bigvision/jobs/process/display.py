@@ -99,6 +99,6 @@ def print_table(outcomes: Sequence[Outcome]) -> None:
             f"{outcome.pixels / 1e6:.1f}" if outcome.pixels else "",
             f"{speed:.2f}" if speed else "",
             f"{outcome.peak_bytes / 2**30:.2f} GiB" if outcome.peak_bytes else "",
-            outcome.error or outcome.result,
+            outcome.error or "\n".join(filter(None, (outcome.result, outcome.routed))),
         )
     console.print(table, highlight=False)

@@ -43,6 +43,8 @@ class Options:
     workers: int | None = None
     scheduler: str | None = None
     overwrite: bool = False
+    route: Path | None = None
+    previous: Path | None = None
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():

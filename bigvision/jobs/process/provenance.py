@@ -15,11 +15,15 @@ from rasterio.errors import RasterioError
 import bigvision
 from bigvision.jobs.process.network import Network
 from bigvision.jobs.process.options import Options
+from bigvision.jobs.process.routed import route_identity
 from bigvision.models.spec import source_of
 
 TAG = "BIGVISION_FINGERPRINT"
 # What changes neither the pixels nor where they are cut into tiles for good.
-_INDIFFERENT = ("workers", "scheduler", "overwrite", "trust_model", "weights", "model", "aoi")
+_INDIFFERENT = (
+    *("workers", "scheduler", "overwrite", "trust_model", "weights", "model", "aoi"),
+    *("route", "previous"),
+)
 _EDGE = 2**20  # bytes at either end of a file that are hashed besides its size and time
 
 
@@ -60,6 +64,7 @@ def provenance(paths: Sequence[str], options: Options, network: Network) -> Prov
             "source": _file_hash(source) if source else "",
             "state": network.state,
             "options": chosen | {"aoi": _file_hash(options.aoi) if options.aoi else None},
+            "route": route_identity(options.route),
             "input": [entry for path in paths for entry in _identity(path)],
         }
     )

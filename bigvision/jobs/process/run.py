@@ -14,8 +14,10 @@ from bigvision.jobs.process.network import NetworkSpec, load_network, network_sp
 from bigvision.jobs.process.options import Options
 from bigvision.jobs.process.planning import UNITS_AT_ONCE, Plan, plan_tiles
 from bigvision.jobs.process.precision import choose_precision
+from bigvision.jobs.process.previous import Previous, copy_unchanged, open_previous
 from bigvision.jobs.process.provenance import TAG, Provenance, provenance
 from bigvision.jobs.process.results import ResultKind
+from bigvision.jobs.process.routed import base_fingerprint, run_routed
 from bigvision.jobs.process.scene import Scene, open_scene
 from bigvision.jobs.process.units import UnitRunner, Unread, Work
 from tiling import RasterError, ZarrWriter, create_zarr, gdal_cache, open_raster, resume_zarr
@@ -30,7 +32,7 @@ class Outcome:
     """What became of one scene. status: "done", "already done" or "failed" (then `error` says why).
 
     pixels: of the scene; computed: of them in this run (the rest was finished before); seconds and
-    peak_bytes (all processes here): of this run.
+    peak_bytes (all processes here): of this run; routed: where its regions went, if they were.
     """
 
     scene: str
@@ -43,6 +45,7 @@ class Outcome:
     seconds: float = 0.0
     peak_bytes: int = 0
     plan: Plan | None = None
+    routed: str = ""
 
 
 class Watcher:
@@ -78,12 +81,32 @@ def run_scene(
     if target.exists() and _is_ours(target, origin, options):
         return replace(outcome, status="already done", seconds=time.perf_counter() - begun)
     with open_ledger(target) as ledger, gdal_cache():
+        if options.route is not None:
+            base = base_fingerprint(origin.record)
+            routed = run_routed(ledger, target, scene, spec, options, origin, base, watcher)
+            ledger.remove()
+            seconds = time.perf_counter() - begun
+            return replace(outcome, computed=routed.computed, seconds=seconds, routed=routed.summary)
+        previous = _previous(target, scene, spec, options, origin)
         plan, writer = _begin(ledger, target, scene, spec, options, origin)
-        computed = _compute(ledger, scene, spec, options, plan, writer, client, watcher)
-        tags = origin.tags(dtype=plan.dtype, exactness=plan.exactness, engine=plan.engine)
+        computed = _compute(ledger, scene, spec, options, plan, writer, client, watcher, previous)
+        tags = origin.tags(
+            dtype=plan.dtype, exactness=plan.exactness, engine=plan.engine, tile=str(plan.tile)
+        )
         finish(ledger, writer, target, tags, watcher.finishing)
         ledger.remove()
-    return replace(outcome, computed=computed, seconds=time.perf_counter() - begun, plan=plan)
+    told = "" if previous is None else f"{1 - computed / pixels:.0%} as in {previous.result.name}"
+    seconds = time.perf_counter() - begun
+    return replace(outcome, computed=computed, seconds=seconds, plan=plan, routed=told)
+
+
+def _previous(
+    target: Path, scene: Scene, spec: NetworkSpec, options: Options, origin: Provenance
+) -> Previous | None:
+    """The earlier run of `--previous`, checked."""
+    if options.previous is None:
+        return None
+    return open_previous(options.previous, target, scene, origin, load_network(spec), options)
 
 
 def _is_ours(target: Path, origin: Provenance, options: Options) -> bool:
@@ -156,11 +179,14 @@ def _compute(
     writer: ZarrWriter,
     client: "Client | None",
     watcher: Watcher,
+    previous: Previous | None = None,
 ) -> int:
     """Run the units that are left, here or on the cluster; returns how many pixels that was."""
     grid = writer.grid(plan.tile, plan.halo, plan.stride)
     done = ledger.done()
     left = [unit for unit in grid if unit.index not in done]
+    if previous is not None:
+        left = copy_unchanged(previous, scene, plan, writer, ledger, left)
     pixels = sum(unit.core.height * unit.core.width for unit in left)
     watcher.planned(scene.raster.name, plan, scene.shape[1] * scene.shape[2], pixels)
     final = replace(spec, dtype=plan.dtype, compile=options.compile)

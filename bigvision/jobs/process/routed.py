@@ -1,0 +1,260 @@
+"""`--route`: a cheap network everywhere, a gate, and the full network where the budget allows.
+
+What is stored of each region is noted beside the pixels: a killed run goes on, and a run under another budget
+or threshold recomputes just the regions that go elsewhere now.
+
+Legend: C bands, R, S rows and columns of regions.
+"""
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from rasterio.windows import Window
+from torch import Tensor
+
+from bigvision.jobs.process.finishing import finish
+from bigvision.jobs.process.ledger import Ledger
+from bigvision.jobs.process.network import NetworkSpec, load_network
+from bigvision.jobs.process.options import Options
+from bigvision.jobs.process.results import ResultKind
+from bigvision.jobs.process.scene import Scene
+from bigvision.routing.merging import Rectangle
+from bigvision.routing.plan import RoutePlan
+from bigvision.routing.record import RouteRecord, route_summary
+from bigvision.routing.route_file import RouteSpec, load_route
+from bigvision.routing.scene import CHEAP, FULL, NAMES, SceneRouter
+from tiling import Raster, ZarrWriter, create_zarr, resume_zarr
+
+if TYPE_CHECKING:
+    from bigvision.jobs.process.provenance import Provenance
+
+_NOTHING = -2  # nothing of a region is stored yet
+_MAX_PIXELS = 2048 * 2048
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What became of the regions: one line for the table, pixels computed in this run, dtype."""
+
+    summary: str
+    computed: int
+    dtype: str
+
+
+def route_of(options: Options) -> RouteSpec:
+    """The route that the options name, checked against the others; ValueError says what doesn't fit."""
+    assert options.route is not None
+    for name in ("workers", "scheduler", "halo", "tile", "compile", "previous"):
+        if getattr(options, name) not in (None, False):
+            raise ValueError(f"--route computes in regions of its own, in this process: leave out --{name}")
+    return load_route(options.route)
+
+
+def route_identity(path: Path | None) -> dict[str, object] | None:
+    """What a result depends on besides the full network: the route's values and its networks' bytes."""
+    if path is None:
+        return None
+    spec = load_route(path)
+    files = [file for file in (spec.weights, spec.gate_weights) if file is not None]
+    return {
+        "model": spec.model,
+        "region": spec.region,
+        "gate": spec.gate,
+        "budget": spec.budget,
+        "threshold": spec.threshold,
+        "files": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
+    }
+
+
+class _State:
+    """Per region: whose pixels are stored, its score, and whether it has data; saved after every change."""
+
+    def __init__(self, folder: Path, grid: tuple[int, int]) -> None:
+        self.file = folder / "regions.npz"
+        self.stored = np.full(grid, _NOTHING, np.int16)
+        self.score, self.data = np.zeros(grid, np.float32), np.zeros(grid, bool)
+
+    def load(self) -> bool:
+        """Whether an earlier run of the same grid left a state."""
+        try:
+            with np.load(self.file) as found:
+                if found["stored"].shape != self.stored.shape:
+                    return False
+                self.stored, self.score, self.data = found["stored"], found["score"], found["data"]
+        except (OSError, ValueError, KeyError):
+            return False
+        return True
+
+    def save(self) -> None:
+        """Appears whole or not at all."""
+        beside = self.file.with_suffix(".partial.npz")
+        np.savez(beside, stored=self.stored, score=self.score, data=self.data)
+        beside.replace(self.file)
+
+
+def run_routed(
+    ledger: Ledger,
+    target: Path,
+    scene: Scene,
+    spec: NetworkSpec,
+    options: Options,
+    origin: "Provenance",
+    base: str,
+    watcher: object,
+) -> Routed:
+    """Route one scene into `target`, going on from what the ledger holds of the same scene and networks.
+
+    base: identifies everything but the route's budget and threshold.
+    """
+    route = route_of(options)
+    cheap_spec = replace(spec, model=route.model, weights=route.weights, dtype=_dtype(options), compile=False)
+    full, cheap = load_network(replace(spec, dtype=_dtype(options), compile=False)), load_network(cheap_spec)
+    router = SceneRouter(
+        scene,
+        cheap.module,
+        full.module,
+        route,
+        max_pixels=max(_MAX_PIXELS, route.region**2),
+        dtype=full.dtype,
+        device=full.device,
+    )
+    kind = ResultKind(options.output, full.classes, options.threshold)
+    state = _State(ledger.folder, router.grid)
+    writer = _open(ledger, target, scene, kind, route, options, base, state)
+    job = _Job(router, writer, kind, state)
+    router.trace()  # not in any network's time
+    begun = time.perf_counter()
+    job.score_all()
+    wanted = router.decide(state.score, state.data)
+    job.bring_to(wanted)
+    seconds = time.perf_counter() - begun
+    tags = origin.tags(dtype=_dtype(options), exactness="exact in each region", engine="routed")
+    finish(ledger, writer, target, tags, _told(watcher))
+    record = _record(scene, wanted, state, route, base)
+    record.save(target.with_suffix(".route.tif"))
+    record.picture(target.with_suffix(".route.png"))
+    plan = router.plan(wanted, job.pace)
+    return Routed(_summary(record, plan, seconds), job.pixels, _dtype(options))
+
+
+def base_fingerprint(record: dict[str, object]) -> str:
+    """One hash of a run's provenance without what may be revoked: the budget and the threshold."""
+    route = {k: v for k, v in dict(record["route"]).items() if k not in ("budget", "threshold")}  # type: ignore[call-overload]
+    return hashlib.sha256(json.dumps(record | {"route": route}, sort_keys=True).encode()).hexdigest()
+
+
+class _Job:
+    """The passes over one scene."""
+
+    def __init__(self, router: SceneRouter, writer: ZarrWriter, kind: ResultKind, state: _State) -> None:
+        self.router, self.writer, self.kind, self.state = router, writer, kind, state
+        self.pixels = 0
+        self.seconds, self.flops = [0.0, 0.0], [0.0, 0.0]
+
+    @property
+    def pace(self) -> tuple[float, float]:
+        """Seconds a FLOP of both networks, as far as this run measured both; else 1."""
+        if min(self.flops) <= 0:
+            return 1.0, 1.0
+        return self.seconds[CHEAP] / self.flops[CHEAP], self.seconds[FULL] / self.flops[FULL]
+
+    def score_all(self) -> None:
+        """The cheap network over every block that has regions without a score."""
+        for box in self.router.blocks():
+            part = (slice(box.top, box.bottom), slice(box.left, box.right))
+            if not (self.state.stored[part] == _NOTHING).any():
+                continue
+            begun = time.perf_counter()
+            block = self.router.score(box, self._emit)
+            self._count(CHEAP, self.router.rectangles(block.data, CHEAP, box), begun)
+            self.state.score[part], self.state.data[part] = block.score, block.data
+            self.state.stored[part] = np.where(block.data, CHEAP, -1)
+            self.state.save()
+
+    def bring_to(self, wanted: NDArray[np.int16]) -> None:
+        """Recompute the regions whose stored pixels are another network's."""
+        for expert in (CHEAP, FULL):
+            stale = (wanted == expert) & (self.state.stored != expert)
+            for rectangle in self.router.rectangles(stale, expert):
+                begun = time.perf_counter()
+                self.router.compute(expert, rectangle, self._emit)
+                self._count(expert, [rectangle], begun)
+                for cell in rectangle.cells:
+                    self.state.stored[cell.top : cell.bottom, cell.left : cell.right] = expert
+                self.state.save()
+
+    def _count(self, expert: int, rectangles: list[Rectangle], begun: float) -> None:
+        self.seconds[expert] += time.perf_counter() - begun
+        self.flops[expert] += sum(self.router.flops(expert, one.box) for one in rectangles)
+
+    def _emit(self, window: Window, logits: Tensor, valid: NDArray[np.bool_]) -> None:
+        result = np.full((self.kind.bands, window.height, window.width), self.kind.nodata, self.kind.dtype)
+        np.copyto(result, self.kind.convert(logits).numpy(), where=valid)
+        self.writer.write(result, window)
+        self.pixels += window.height * window.width
+
+
+def _open(
+    ledger: Ledger,
+    target: Path,
+    scene: Scene,
+    kind: ResultKind,
+    route: RouteSpec,
+    options: Options,
+    base: str,
+    state: _State,
+) -> ZarrWriter:
+    """The store that an earlier run left of the same scene and networks, or a new one."""
+    found = ledger.read()
+    if found is not None and found.get("base") == base and state.load():
+        return resume_zarr(target, ledger.pixels, overwrite=options.overwrite)
+    ledger.clear()
+    _, height, width = scene.shape
+    writer = create_zarr(
+        target,
+        (kind.bands, height, width),
+        kind.dtype,
+        crs=scene.raster.crs,
+        transform=scene.raster.transform,
+        nodata=kind.nodata,
+        band_names=kind.band_names,
+        colormap=kind.colormap,
+        chunk=route.region,
+        shard=route.region,
+        staging=ledger.pixels,
+        overwrite=options.overwrite,
+    )
+    state.save()
+    ledger.begin({"base": base, "fingerprint": ""})
+    return writer
+
+
+def _dtype(options: Options) -> str:
+    """float32 unless asked otherwise: two networks, of which only the classes of one could be compared."""
+    return "float32" if options.dtype == "auto" else options.dtype
+
+
+def _told(watcher: object):  # type: ignore[no-untyped-def]
+    return getattr(watcher, "finishing", lambda _: None)
+
+
+def _record(
+    scene: Scene, wanted: NDArray[np.int16], state: _State, route: RouteSpec, base: str
+) -> RouteRecord:
+    raster: Raster = scene.raster
+    size = (scene.shape[1], scene.shape[2])
+    return RouteRecord(
+        wanted, state.score, NAMES, route.region, size, raster.transform, raster.crs, made_by=base
+    )
+
+
+def _summary(record: RouteRecord, plan: RoutePlan, seconds: float) -> str:
+    verdict = f"{plan.share:.0%} of the full network everywhere" if plan.dense else "nothing to compute"
+    unpaid = "" if plan.pays or not plan.dense else " (routing did not pay)"
+    return f"{route_summary(record)}; {seconds:.1f} s, {verdict}{unpaid}"

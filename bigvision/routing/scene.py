@@ -1,0 +1,282 @@
+"""A whole raster routed: cheap everywhere, a score for each region, full where the budget allows.
+
+Nothing here knows files: the scene is read and results are handed out window by window.
+
+Legend: C channels, K logits, H, W rows and columns, R, S rows and columns of regions, h, w of a window.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rasterio.windows import Window
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bigvision.gating import linear_scores
+from bigvision.routing.boxes import Box
+from bigvision.routing.experts import Program, RegionExpert
+from bigvision.routing.merging import Rectangle, merge
+from bigvision.routing.pixel import entropy, margin
+from bigvision.routing.plan import ExpertPlan, RoutePlan
+from bigvision.routing.route_file import RouteSpec
+from bigvision.routing.selection import BudgetedTopOne
+
+CHEAP, FULL = 0, 1
+NAMES = ("cheap", "full")
+Emit = Callable[[Window, Tensor, NDArray[np.bool_]], object]
+"""Takes logits [K, h, w] over a window of whole regions, and where it has data, bool [h, w]."""
+
+
+class Source(Protocol):
+    """A scene as the networks see it."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+
+    def read(self, window: Window) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Normalised pixels [C, h, w], 0 where there are none, and where the window has data, bool [h, w]."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Regions scored together: `box` in regions, their scores and whether they have data, both [h, w]."""
+
+    box: Box
+    score: NDArray[np.float32]
+    data: NDArray[np.bool_]
+
+
+class SceneRouter:
+    """The cascade of a cheap and a full network over one scene.
+
+    Args:
+        source: the scene.
+        cheap, full: networks in eval mode of one output, on `device` and in `dtype`.
+        spec: the route.
+        max_pixels: most pixels computed at once.
+
+    Raises:
+        ValueError: networks of other channels or unlike outputs, that no halo fits, a region that isn't a
+            multiple of their strides, a learned gate for other features.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        cheap: nn.Module,
+        full: nn.Module,
+        spec: RouteSpec,
+        *,
+        max_pixels: int = 2048 * 2048,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> None:
+        self.source, self.spec, self.dtype, self.device = source, spec, dtype, device
+        channels, height, width = source.shape
+        self.experts = [RegionExpert(n, m, channels) for n, m in zip(NAMES, (cheap, full), strict=True)]
+        self._check()
+        self.limit = max(max_pixels // spec.region**2, 1)
+        self.grid = (-(-height // spec.region), -(-width // spec.region))
+        self.gate = _load_gate(spec.gate_weights, 2 * channels + 2) if spec.gate_weights else None
+        self._programs: list[Program] = []
+
+    def _check(self) -> None:
+        region = self.spec.region
+        for one in self.experts:
+            if region % one.shape.stride:
+                raise ValueError(
+                    f"a region of {region} px fits no halo of the {one.name} network: it must be a "
+                    f"multiple of its stride, {one.shape.stride} px"
+                )
+        cheap, full = (one.shape for one in self.experts)
+        if (cheap.channels, cheap.scale) != (full.channels, full.scale) or full.scale != 1:
+            raise ValueError(
+                f"the cheap network gives {cheap.channels} channels at 1/{cheap.scale} of the resolution, "
+                f"the full one {full.channels} at 1/{full.scale}: both must give the same at full resolution"
+            )
+
+    def trace(self) -> None:
+        """Trace both networks at the scene's padded size now rather than when they are first needed."""
+        if not self._programs:
+            self._programs = [one.program(*self._padded(one)) for one in self.experts]
+
+    @property
+    def programs(self) -> list[Program]:
+        """Both networks over the scene's padded size."""
+        self.trace()
+        return self._programs
+
+    def blocks(self) -> Iterator[Box]:
+        """The scene cut into boxes of regions that are read and scored together."""
+        side = max(int(self.limit**0.5), 1)
+        for row in range(0, self.grid[0], side):
+            for col in range(0, self.grid[1], side):
+                yield Box(row, col, min(row + side, self.grid[0]), min(col + side, self.grid[1]))
+
+    @torch.inference_mode()
+    def score(self, box: Box, emit: Emit) -> Block:
+        """The cheap network over the regions of a box that have data: results and scores."""
+        shape = (box.height, box.width)
+        score, data = np.zeros(shape, np.float32), np.zeros(shape, bool)
+        window = self._window(box)
+        pixels, valid = self.source.read(self._read_window(box, CHEAP))
+        inner = _crop(valid, self._read_window(box, CHEAP), window)
+        for r, c in np.ndindex(*shape):
+            data[r, c] = inner[self._cell(r, c)].any()
+        origin = self._read_window(box, CHEAP)
+        for rectangle in self.rectangles(data, CHEAP, box):
+            logits = self._run(CHEAP, rectangle.box, pixels, origin)
+            for cell in rectangle.cells:
+                at = self._window(cell)
+                y = _crop(logits, self._window(rectangle.box), at)
+                shown = _crop(valid, origin, at)
+                emit(at, y, shown)
+                for r, c in np.ndindex(cell.height, cell.width):
+                    part = self._cell(r, c)
+                    x = _crop(pixels, origin, at)[:, *part]
+                    row, col = cell.top - box.top + r, cell.left - box.left + c
+                    if shown[part].any():
+                        score[row, col] = self._score(y[:, *part], shown[part], x)
+        return Block(box, score, data)
+
+    def decide(self, score: NDArray[np.float32], data: NDArray[np.bool_]) -> NDArray[np.int16]:
+        """The expert of each region, int16 [R, S]: -1 where there is no data, else CHEAP or FULL.
+
+        The regions that score highest, up to the budget's share of those with data; none below the
+        threshold.
+        """
+        told = torch.from_numpy(score.reshape(-1, 1))
+        least = (
+            -1.0 if self.spec.threshold is None else float(np.nextafter(np.float32(self.spec.threshold), -1))
+        )
+        scores = torch.cat([torch.full_like(told, least), told], 1)
+        allowed = torch.from_numpy(data.reshape(-1, 1)).expand(-1, 2)
+        mask = BudgetedTopOne((1.0, float(self.spec.budget))).select(scores, allowed=allowed)
+        expert = torch.where(mask.any(1), mask.long().argmax(1), -1)
+        return expert.numpy().astype(np.int16).reshape(score.shape)
+
+    @torch.inference_mode()
+    def compute(self, expert: int, rectangle: Rectangle, emit: Emit) -> None:
+        """One rectangle of regions with an expert, read with its own halo; emits the cells to keep."""
+        origin = self._read_window(rectangle.box, expert)
+        pixels, valid = self.source.read(origin)
+        logits = self._run(expert, rectangle.box, pixels, origin)
+        for cell in rectangle.cells:
+            at = self._window(cell)
+            emit(at, _crop(logits, self._window(rectangle.box), at), _crop(valid, origin, at))
+
+    def rectangles(self, mask: NDArray[np.bool_], expert: int, within: Box | None = None) -> list[Rectangle]:
+        """The selected regions of the scene (or of a box of it), joined where that is cheaper."""
+        box = within or Box(0, 0, *self.grid)
+
+        def moved(b: Box) -> Box:
+            return Box(b.top + box.top, b.left + box.left, b.bottom + box.top, b.right + box.left)
+
+        program = self.programs[expert]
+        found = merge(mask, lambda b: program.flops(self._out(moved(b), expert)), self.limit)
+        return [Rectangle(moved(one.box), tuple(map(moved, one.cells))) for one in found]
+
+    def plan(
+        self, expert: NDArray[np.int16], seconds_per_flop: tuple[float, float] = (1.0, 1.0)
+    ) -> RoutePlan:
+        """What a decision costs: the cheap network wherever there is data, the full one where decided.
+
+        The dense cost is the full network's over all regions with data.
+        """
+
+        def work(mask: NDArray[np.bool_], e: int) -> ExpertPlan:
+            parts = self.rectangles(mask, e)
+            flops = sum(self.programs[e].flops(self._out(one.box, e)) for one in parts)
+            alone = sum(
+                self.programs[e].flops(self._out(Box(int(r), int(c), int(r) + 1, int(c) + 1), e))
+                for r, c in zip(*mask.nonzero(), strict=True)
+            )
+            return ExpertPlan(NAMES[e], int(mask.sum()), len(parts), flops, alone, seconds_per_flop[e])
+
+        dense = work(expert >= 0, FULL)
+        return RoutePlan(
+            (work(expert >= 0, CHEAP), work(expert == FULL, FULL)), dense.flops * dense.pace, expert.size
+        )
+
+    def flops(self, expert: int, box: Box) -> float:
+        """Of computing a box of regions with an expert, halo included."""
+        return self.programs[expert].flops(self._out(box, expert))
+
+    # --- windows
+
+    def _padded(self, one: RegionExpert) -> tuple[int, int]:
+        _, height, width = self.source.shape
+        s = one.shape.stride
+        return -(-height // s) * s, -(-width // s) * s
+
+    def _out(self, box: Box, expert: int) -> Box:
+        """A box of regions in pixels of the padded scene."""
+        return box.scaled(self.spec.region).clipped(*self._padded(self.experts[expert]))
+
+    def _window(self, box: Box) -> Window:
+        """A box of regions as a window of the scene."""
+        at = box.scaled(self.spec.region).clipped(*self.source.shape[1:])
+        return Window(at.left, at.top, at.width, at.height)
+
+    def _read_window(self, box: Box, expert: int) -> Window:
+        read = self.programs[expert].job(self._out(box, expert)).read.clipped(*self.source.shape[1:])
+        return Window(read.left, read.top, read.width, read.height)
+
+    def _cell(self, row: int, col: int) -> tuple[slice, slice]:
+        side = self.spec.region
+        return slice(row * side, (row + 1) * side), slice(col * side, (col + 1) * side)
+
+    # --- computing
+
+    def _run(self, expert: int, box: Box, pixels: NDArray[np.float32], origin: Window) -> Tensor:
+        """Logits [K, h, w] of a box of regions from pixels that cover what it reads."""
+        out = self._out(box, expert)
+        job = self.programs[expert].job(out)
+        top, left = job.read.top - origin.row_off, job.read.left - origin.col_off
+        cut = torch.from_numpy(pixels)[None, :, top : top + job.read.height, left : left + job.read.width]
+        below, beside = job.read.height - cut.shape[-2], job.read.width - cut.shape[-1]
+        if below or beside:  # the scene counts as padded with zeros to whole strides
+            cut = functional.pad(cut, (0, beside, 0, below))
+        x = cut.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
+        window = self._window(box)
+        return self.programs[expert].run(x, job.alike)[0, :, : window.height, : window.width].float().cpu()
+
+    def _score(self, logits: Tensor, valid: NDArray[np.bool_], pixels: NDArray[np.float32]) -> float:
+        """What the gate says of one region, 0..1, from its pixels with data."""
+        shown = torch.from_numpy(valid)
+        if self.gate is None:
+            kind = entropy if self.spec.gate == "entropy" else margin
+            return float(kind(logits[None])[0][shown].mean())
+        seen = torch.from_numpy(pixels)[:, shown]
+        doubts = [kind(logits[None])[0][shown].mean() for kind in (entropy, margin)]
+        features = torch.cat([seen.mean(1), seen.std(1, correction=0), torch.stack(doubts)])
+        return float(linear_scores(features[None], *self.gate).softmax(1)[0, FULL])
+
+
+def _crop(x: Any, outer: Window, inner: Window) -> Any:
+    """The part over `inner` of an array over `outer`."""
+    top, left = inner.row_off - outer.row_off, inner.col_off - outer.col_off
+    return x[..., top : top + inner.height, left : left + inner.width]
+
+
+def _load_gate(path: Path, features: int) -> tuple[Tensor, Tensor]:
+    """A linear gate's weight [2, D] and bias [2] over mean and deviation of each channel, entropy, margin."""
+    try:
+        state = load_file(path)
+        weight, bias = state["weight"].float(), state["bias"].float()
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ValueError(f"{path}: no learned gate with weight and bias: {error}") from error
+    if weight.shape != (2, features) or bias.shape != (2,):
+        raise ValueError(
+            f"{path}: a gate of {list(weight.shape)} with a bias of {list(bias.shape)}, the scene's regions "
+            f"have {features} features: it must be [2, {features}] and [2]"
+        )
+    return weight, bias
