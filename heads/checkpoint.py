@@ -87,7 +87,8 @@ def _state(head: ShardedMarginHead) -> dict[str, Any]:
     state: dict[str, Any] = {k: _shard(v, head.num_classes, mesh) for k, v in by_class.items()}
     if head.gate is not None:
         state |= {f"gate.{k}": v for k, v in head.gate.shared_state().items()}
-    buffers = {k: v for k, v in head.state_dict().items() if k != "weight"}
+    # Scalars are saved as vectors of one: a shard has rows.
+    buffers = {k: v.view(-1) if v.ndim == 0 else v for k, v in head.state_dict().items() if k != "weight"}
     return state | {f"module.{k}": v for k, v in buffers.items()}
 
 
@@ -148,17 +149,21 @@ def _together(ranks: Ranks, what: str) -> Iterator[None]:
     failure = ""
     try:
         yield
-    except Exception as error:  # whatever it is, the other ranks must hear of it
-        cause = error.__cause__ or error
-        failure = (
-            f"rank {ranks.rank}: {cause}" if str(cause) else f"rank {ranks.rank}: {type(cause).__name__}"
-        )
+    except (Exception, dcp.CheckpointException) as error:  # whatever it is, the other ranks must hear of it
+        failure = _reason(error, ranks.rank)
     failures: list[Any] = [failure]
     if ranks.size > 1:
         failures = [None] * ranks.size
         dist.all_gather_object(failures, failure)
     if any(failures):
         raise CheckpointError(f"{what}: {next(f for f in failures if f)}")
+
+
+def _reason(error: BaseException, rank: int) -> str:
+    """The rank and the error; of a collective failure the first rank's own error."""
+    if isinstance(error, dcp.CheckpointException):
+        rank, (error, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {type(error).__name__}: {error}"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,69 @@
+"""Counter-based bits: starting centres, and rounding that is right on average."""
+
+import torch
+
+from heads import SGD, Margin, ShardedMarginHead
+from heads.counter import normal_rows, round_stochastically, row_keys, row_noise
+
+
+def test_starting_centres_are_nearly_normal_and_all_different() -> None:
+    rows = normal_rows(3, torch.arange(20_000), 16, 0.01, torch.float64)
+    assert abs(rows.mean()) < 1e-4 and abs(rows.std() - 0.01) < 1e-4
+    kurtosis = ((rows / 0.01) ** 4).mean()
+    assert 2.5 < kurtosis < 3.1  # 3 for the normal distribution, 2.7 for a sum of four uniform numbers
+    assert len(rows.unique(dim=0)) == len(rows)
+    unit = torch.nn.functional.normalize(rows[:500])
+    off = (unit @ unit.t()).fill_diagonal_(0)
+    assert abs(off.mean()) < 1e-3 and abs(off.std() - 16**-0.5) < 0.01
+
+
+def test_a_shard_draws_what_the_whole_draws_and_other_seeds_others() -> None:
+    whole = normal_rows(3, torch.arange(100), 8, 1.0, torch.float32)
+    assert torch.equal(normal_rows(3, torch.arange(40, 60), 8, 1.0, torch.float32), whole[40:60])
+    assert not (normal_rows(4, torch.arange(100), 8, 1.0, torch.float32) == whole).all(1).any()
+    far = torch.tensor([2**31 + 5, 5, 2**40 + 5])  # ids beyond 32 bits are ids of their own
+    assert len(normal_rows(3, far, 8, 1.0, torch.float32).unique(dim=0)) == 3
+
+
+def test_rounding_is_between_the_neighbours_and_unbiased() -> None:
+    x = torch.tensor([1.0 + 2**-8 / 3, -0.3, 3e-20, 1024.0, 0.0]).repeat(40_000, 1)
+    key, _ = row_keys(0, 9, 5, torch.arange(len(x)))
+    rounded = round_stochastically(x, row_noise(key, torch.arange(5, dtype=torch.int32))).float()
+    spacing = x[0].abs() * 2**-7
+    assert ((rounded - x).abs() <= spacing).all()
+    assert torch.equal(rounded[:, 3:], x[:, 3:])  # what bfloat16 can hold stays as it is
+    assert ((rounded.mean(0) - x[0]).abs() <= 5 * spacing / 40_000**0.5).all()
+
+
+def test_bfloat16_learns_from_updates_below_its_resolution() -> None:
+    """A step of a thousandth of the spacing is lost by rounding to nearest; here it arrives on average."""
+    head = ShardedMarginHead(
+        2000, 16, Margin(), 8.0, storage="bfloat16", optimizer=SGD(0.0, weight_decay=1.0), init_std=1.0
+    )
+    before = head.full_centers().float()
+    head.lr = 1e-5
+    for _ in range(50):
+        head(torch.randn(1, 16), torch.tensor([-1])).backward()
+    ratio = (head.full_centers().float() / before)[before.abs() > 0.1]
+    assert abs(ratio.mean() - (1 - 1e-5) ** 50) < 1e-4
+
+
+def test_bfloat16_stays_near_float64() -> None:
+    def losses(storage: str) -> list[float]:
+        head = ShardedMarginHead(
+            400, 32, Margin(1.0, 0.2, 0.0), 16.0, storage=storage, optimizer=SGD(0.05, 0.9), init_std=0.1
+        )
+        out = []
+        for step in range(20):
+            generator = torch.Generator().manual_seed(step % 4)
+            x = torch.randn(16, 32, generator=generator).requires_grad_()
+            loss = head(x, torch.randint(0, 400, (16,), generator=generator))
+            loss.backward()
+            out.append(loss.item())
+        return out
+
+    exact = torch.tensor(losses("float64"))
+    assert ((torch.tensor(losses("float32")) - exact).abs() < 1e-4 * exact).all()
+    # Eight bits of mantissa: two parts in a hundred.
+    assert ((torch.tensor(losses("bfloat16")) - exact).abs() < 2e-2 * exact).all()
+    assert exact[-1] < exact[0]
