@@ -94,7 +94,7 @@ def save_experts(
 
 @contextmanager
 def _together(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """End on all ranks at once: an error is raised on its rank and named on the others, which else would wait."""
+    """End on all ranks at once: an error is raised on its rank and named on the others."""
     rank, world = _place(group)
     error: Exception | None = None
     try:

@@ -64,10 +64,11 @@ def _reduce_scatter(rows: Tensor, sizes: Sequence[int], group: Any) -> Tensor:
     """[sum of sizes, ...] of each rank -> this rank's [T, ...] of their sum, added in the order of ranks."""
     own = sizes[dist.get_rank(group)]
     parts = _all_to_all(rows, sizes, [own] * len(sizes), group)
-    total = parts[:own].clone()
-    for rank in range(1, len(sizes)):
+    wide = parts.dtype if parts.dtype == torch.float64 else torch.float32
+    total = torch.zeros(own, *rows.shape[1:], dtype=wide, device=rows.device)
+    for rank in range(len(sizes)):
         total += parts[rank * own : (rank + 1) * own]
-    return total
+    return total.to(rows.dtype)
 
 
 class _AllToAll(torch.autograd.Function):

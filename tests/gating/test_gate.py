@@ -149,6 +149,34 @@ def test_thresholds_with_hysteresis_and_budgets() -> None:
     assert chosen.mask.tolist() == [[True, True], [False, False]]
 
 
+@pytest.mark.parametrize("normalization", ["identity", "softmax", "sigmoid", "sinkhorn"])
+@pytest.mark.parametrize("selection", [TopK(2), Threshold(0.3), ExpertChoice(0.5)])
+@pytest.mark.parametrize("num_tokens, num_experts", [(0, 3), (4, 1), (1, 1), (4, 3)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_edges_are_finite(
+    normalization: str, selection: Any, num_tokens: int, num_experts: int, masked: bool
+) -> None:
+    gate = Gate(
+        LinearScorer(2, num_experts),
+        selection,
+        normalization=normalization,  # type: ignore[arg-type]
+        noise=Noise(),
+        balancer=BiasBalancer(num_experts),
+        capacity_factor=1.0,
+        priority="score",
+        renormalize=True,
+    )
+    allowed = torch.full((num_tokens, num_experts), not masked)
+    gated = gate(torch.randn(num_tokens, 2), allowed=allowed)
+    gate.observe(gated)
+    gate.advance()
+    gated.routing.weight.sum().backward()
+    assert not masked or not gated.mask.any()
+    assert gated.routing.weight.isfinite().all() and gate.balancer is not None
+    assert gate.balancer.bias.isfinite().all()
+    assert gate.scorer.weight.grad is not None and gate.scorer.weight.grad.isfinite().all()
+
+
 def test_a_random_scorer_follows_the_step_of_its_gate() -> None:
     gate = Gate(RandomScorer(3, 6), TopK(2), normalization="identity")
     x = torch.zeros(4, 1)
