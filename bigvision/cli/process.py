@@ -27,6 +27,7 @@ class Engine(StrEnum):
 
     auto = "auto"
     tiles = "tiles"
+    stream = "stream"
 
 
 class DType(StrEnum):

@@ -32,8 +32,11 @@ def assert_equal_to_whole(logits: np.ndarray, expected: np.ndarray) -> None:
     width=st.integers(1, 90),
     tile=st.sampled_from([8, 16, 24, 40]),
     bands=st.integers(1, 4),
+    engine=st.sampled_from(["tiles", "stream"]),
 )
-def test_tiles_equal_the_whole_image(seed: int, height: int, width: int, tile: int, bands: int) -> None:
+def test_units_equal_the_whole_image(
+    seed: int, height: int, width: int, tile: int, bands: int, engine: str
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         pixels = random_pixels((bands, height, width), seed)
         scene = write_scene(Path(folder) / "scene.tif", pixels)
@@ -43,6 +46,7 @@ def test_tiles_equal_the_whole_image(seed: int, height: int, width: int, tile: i
             output="logits",
             format="zarr",
             tile=tile,
+            engine=engine,
             dtype="float32",
             scale=200,
             mean=(0.5,),
@@ -78,18 +82,22 @@ class TestWhatTilesCannotDoExactly:
     def options(self, **more: object) -> Options:
         return Options(model=f"{NETWORKS}:pooling_net", output="logits", dtype="float32", **more)  # type: ignore[arg-type]
 
-    def test_is_run_whole_where_memory_allows(self, tmp_path: Path) -> None:
-        pixels = random_pixels((3, 64, 80))
+    @pytest.mark.parametrize("engine", ["tiles", "auto"])
+    def test_is_run_whole_or_streamed(self, tmp_path: Path, engine: str) -> None:
+        pixels = random_pixels((3, 164, 80))
         scene = write_scene(tmp_path / "scene.tif", pixels)
-        run_scene((str(scene),), tmp_path / "out.tif", self.options())
+        outcome = run_scene((str(scene),), tmp_path / "out.tif", self.options(engine=engine))
+        assert outcome.plan is not None and outcome.plan.engine == (
+            "tiles" if engine == "tiles" else "stream"
+        )
         torch_seeded = load(self.options().model)
         assert_equal_to_whole(read(tmp_path / "out.tif"), whole_image(torch_seeded, pixels, 1))
         assert open_raster(tmp_path / "out.tif").tags["BIGVISION_EXACTNESS"] == "exact"
 
-    def test_is_refused_by_name_where_it_does_not(self, tmp_path: Path) -> None:
+    def test_is_refused_by_name_where_tiles_must_do_and_memory_is_short(self, tmp_path: Path) -> None:
         scene = write_scene(tmp_path / "scene.tif", np.ones((3, 3000, 3000), np.uint8))
         with pytest.raises(ValueError, match=r"adaptive_avg_pool2d at pool.*--halo N"):
-            run_scene((str(scene),), tmp_path / "out.tif", self.options(memory="700MiB"))
+            run_scene((str(scene),), tmp_path / "out.tif", self.options(engine="tiles", memory="1300MiB"))
         assert not (tmp_path / "out.tif").exists()
 
     def test_is_marked_approximate_where_the_user_accepts_it(self, tmp_path: Path) -> None:

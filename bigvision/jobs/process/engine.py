@@ -35,7 +35,14 @@ class Piece:
 
 
 class Engine(Protocol):
-    """Picklable. `read` may run ahead in any thread; `pieces` runs in the one that owns the network."""
+    """Picklable. `read` may run ahead in any thread; `pieces` runs in the one that owns the network.
+
+    at_once: how many units one process may have under way.
+    """
+
+    @property
+    def at_once(self) -> int:
+        """More than one, and units are read and written while another is computed."""
 
     def read(self, scene: Scene, unit: Tile) -> Any:
         """What `pieces` needs of the scene."""
@@ -53,6 +60,7 @@ class TilesEngine:
     """
 
     stride: int
+    at_once: int = 3  # one is read, one computed, one written
 
     def read(self, scene: Scene, unit: Tile) -> Pixels:
         """The padded tile, float32 [C, h, w], and where it has data."""

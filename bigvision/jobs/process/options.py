@@ -9,7 +9,7 @@ _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 2**10, "
 _CHOICES = {
     "output": ("classes", "probabilities", "logits"),
     "format": ("cog", "zarr"),
-    "engine": ("auto", "tiles"),
+    "engine": ("auto", "tiles", "stream"),
     "dtype": ("auto", "float32", "bfloat16"),
     "device": ("auto", "cpu", "cuda"),
 }

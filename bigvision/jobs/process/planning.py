@@ -7,16 +7,21 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from bigvision.graph.geometry import padded_size
+from bigvision.jobs.process.engine import Engine, TilesEngine
 from bigvision.jobs.process.geometry import Analysis
 from bigvision.jobs.process.options import Options
 from bigvision.jobs.process.precision import Precision
 from bigvision.jobs.process.results import ResultKind
-from tiling import TileGrid
+from bigvision.jobs.process.stream import StreamEngine, streamed_bytes
+from tiling import TileGrid, ZarrWriter
 from tiling.memory import CACHE_BYTES
 
-UNITS_AT_ONCE = 3  # one is read, one computed, one written
+_STRIP_BYTES = 32 * 2**20  # of a streamed result that is stored at once
+_BAND = 4096  # rows of a streamed band: what a kill can cost against what its halo costs
+_STEPS = (64, 32, 16, 8)  # rows a step
 _CORES = (4096, 3584, 3072, 2560, 2048, 1536, 1024, 768, 512, 384, 256, 128, 64, 32)
 # Resident in a process that has loaded torch (its CUDA build alone 650 MiB) and a network. A constant, not a
 # measurement, so that one command always cuts alike.
@@ -28,10 +33,11 @@ _SCRATCH = 1.4  # kernels' scratch and the heap's fragments, on top of the resul
 class Plan:
     """The cut of one scene, stored with its run so that a resumed one cuts alike.
 
-    tile: side of a core. stride, halo: alignment of padded windows and context around cores.
-    exactness: "exact", or "approximate: ..." with the reasons. dtype: of the network; agreement: the part of
-    classes on which bfloat16 agreed with float32 (None: not compared). predicted_bytes: peak of all
-    `processes` that compute.
+    engine: "tiles" or "stream". tile: side of a core, or rows of a streamed band. stride, halo: alignment of
+    padded windows and context around cores. exactness: "exact", or "approximate: ..." with the reasons.
+    dtype: of the network; agreement: the part of classes on which bfloat16 agreed with float32 (None: not
+    compared). predicted_bytes: peak of all `processes` that compute. step: rows of the scene that a streamed
+    band advances by.
     """
 
     engine: str
@@ -43,20 +49,101 @@ class Plan:
     agreement: float | None
     predicted_bytes: int
     processes: int
+    step: int = 0
+
+    def grid(self, shape: tuple[int, int, int], writer: ZarrWriter) -> TileGrid:
+        """The units of a scene [C, H, W]: squares, or full-width bands of rows."""
+        if self.engine == "tiles":
+            return writer.grid(self.tile, self.halo, self.stride)
+        return writer.grid((self.tile, shape[2]), (self.halo, 0), (self.stride, 1))
+
+    def shard(self, shape: tuple[int, int, int], kind: ResultKind) -> tuple[int, int, int]:
+        """Rows and columns that the store keeps in one file, and the side of its chunks."""
+        if self.engine == "tiles":
+            return self.tile, self.tile, _chunk(self.tile)
+        rows = _STRIP_BYTES // (shape[2] * kind.bands * np.dtype(kind.dtype).itemsize)
+        rows = min(512, max(64, rows // 64 * 64))
+        return rows, shape[2], rows
+
+    def runs(self) -> Engine:
+        """The engine as planned."""
+        return TilesEngine(self.stride) if self.engine == "tiles" else StreamEngine(self.step)
 
     def record(self) -> dict[str, Any]:
         """For JSON; `Plan(**record)` is the way back."""
         return asdict(self)
 
 
-def plan_tiles(
+def plan_scene(
+    shape: tuple[int, int, int],
+    kind: ResultKind,
+    analysis: Analysis,
+    options: Options,
+    precision: Precision,
+    model: nn.Module,
+) -> Plan:
+    """Choose the engine and the cut; ValueError where nothing exact can be cut, or nothing fits `--memory`.
+
+    `auto` takes tiles where they are exact (or approximate by `--halo`), and streams what needs whole rows or
+    the whole scene, which streaming does exactly.
+    """
+    if options.engine == "stream" or (
+        options.engine == "auto" and analysis.inexact and options.halo is None and analysis.source == "graph"
+    ):
+        return _plan_stream(shape, kind, analysis, options, precision, model)
+    return _plan_tiles(shape, kind, analysis, options, precision)
+
+
+def _plan_stream(
+    shape: tuple[int, int, int],
+    kind: ResultKind,
+    analysis: Analysis,
+    options: Options,
+    precision: Precision,
+    model: nn.Module,
+) -> Plan:
+    if analysis.source != "graph":
+        raise ValueError("--engine stream needs a network that can be traced; --engine tiles does not")
+    whole = padded_size(shape[1], shape[2], analysis.stride)[0]
+    band, halo = (whole, 0) if analysis.inexact else (min(options.tile or _BAND, whole), analysis.halo)
+    processes = options.workers or 1
+    each = (options.memory_bytes - _coordinator(processes)) // processes
+    strip = _STRIP_BYTES * 4 * max(1, kind.channels // kind.bands)
+    fixed = _BASE + CACHE_BYTES + 2 * analysis.parameter_bytes + strip + shape[1] * shape[2] // 8
+    tall = min(whole, band + 2 * halo)
+    for step in _STEPS:
+        rows = max(step, analysis.stride)
+        needed = fixed + int(
+            _SCRATCH * streamed_bytes(model, (shape[0], tall, shape[2]), rows, precision.dtype)
+        )
+        if needed <= each:
+            break
+    else:
+        raise ValueError(
+            f"streaming {shape[2]} columns takes at least {_gib(needed)} for each process, --memory allows "
+            f"{_gib(each)}"
+        )
+    return Plan(
+        engine="stream",
+        tile=band,
+        stride=analysis.stride,
+        halo=halo,
+        exactness="exact",
+        dtype=precision.dtype,
+        agreement=precision.agreement,
+        predicted_bytes=needed * processes + _coordinator(processes),
+        processes=processes,
+        step=rows,
+    )
+
+
+def _plan_tiles(
     shape: tuple[int, int, int],
     kind: ResultKind,
     analysis: Analysis,
     options: Options,
     precision: Precision,
 ) -> Plan:
-    """Choose the tile; ValueError where nothing exact can be cut, or nothing fits `--memory`."""
     processes = options.workers or 1
     each = (options.memory_bytes - _coordinator(processes)) // processes
     forecast = _Forecast(shape, kind, analysis, precision.dtype)
@@ -99,9 +186,9 @@ class _Forecast:
         half = 0.5 if dtype == "bfloat16" else 1.0
         self.fixed = _BASE + CACHE_BYTES + 2 * analysis.parameter_bytes
         # A unit's pixels stand there as read, masked and normalised; its results as logits and converted.
-        self.padded = analysis.bytes_per_pixel * _SCRATCH * half + UNITS_AT_ONCE * shape[0] * 12
+        self.padded = analysis.bytes_per_pixel * _SCRATCH * half + TilesEngine.at_once * shape[0] * 12
         written = kind.bands * np.dtype(kind.dtype).itemsize
-        self.core = 2 * kind.channels * 4 + UNITS_AT_ONCE * 2 * written
+        self.core = 2 * kind.channels * 4 + TilesEngine.at_once * 2 * written
 
     def __call__(self, tile: int, halo: int) -> int:
         sides = padded_size(self.shape[1], self.shape[2], self.stride)
@@ -140,6 +227,12 @@ def _best_core(shape: tuple[int, int, int], stride: int, halo: int, budget: int,
 def _coordinator(processes: int) -> int:
     """Bytes of the process that hands out work to others, where there is one."""
     return _BASE if processes > 1 else 0
+
+
+def _chunk(tile: int) -> int:
+    """The largest divisor of the tile up to 512, unless that is tiny."""
+    divisors = [tile // parts for parts in range(1, tile + 1) if tile % parts == 0 and tile // parts <= 512]
+    return divisors[0] if divisors[0] >= 128 or tile <= 512 else tile
 
 
 def _gib(size: float) -> str:

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigvision.jobs.process.cluster import threads_each
-from bigvision.jobs.process.engine import TilesEngine
 from bigvision.jobs.process.finishing import finish
 from bigvision.jobs.process.geometry import analyse
 from bigvision.jobs.process.ledger import Ledger, open_ledger
 from bigvision.jobs.process.network import NetworkSpec, load_network, network_spec
 from bigvision.jobs.process.options import Options
-from bigvision.jobs.process.planning import UNITS_AT_ONCE, Plan, plan_tiles
+from bigvision.jobs.process.planning import Plan, plan_scene
 from bigvision.jobs.process.precision import choose_precision
 from bigvision.jobs.process.previous import Previous, copy_unchanged, open_previous
 from bigvision.jobs.process.provenance import TAG, Provenance, provenance
@@ -138,7 +137,7 @@ def _begin(
     kind = ResultKind(options.output, network.classes, options.threshold)
     analysis = analyse(network.module, scene.shape)
     precision = choose_precision(scene, spec, options, kind, analysis.stride)
-    plan = plan_tiles(scene.shape, kind, analysis, options, precision)
+    plan = plan_scene(scene.shape, kind, analysis, options, precision, network.module)
     writer = _create(ledger, target, scene, kind, plan, options)
     ledger.begin({"fingerprint": origin.fingerprint, "plan": plan.record(), "of": origin.record})
     return plan, writer
@@ -148,6 +147,7 @@ def _create(
     ledger: Ledger, target: Path, scene: Scene, kind: ResultKind, plan: Plan, options: Options
 ) -> ZarrWriter:
     _, height, width = scene.shape
+    rows, columns, chunk = plan.shard(scene.shape, kind)
     return create_zarr(
         target,
         (kind.bands, height, width),
@@ -157,17 +157,11 @@ def _create(
         nodata=kind.nodata,
         band_names=kind.band_names,
         colormap=kind.colormap,
-        chunk=_chunk(plan.tile),
-        shard=plan.tile,
+        chunk=chunk,
+        shard=(rows, columns),
         staging=ledger.pixels,
         overwrite=options.overwrite,
     )
-
-
-def _chunk(tile: int) -> int:
-    """The largest divisor of the tile up to 512, unless that is tiny."""
-    divisors = [tile // parts for parts in range(1, tile + 1) if tile % parts == 0 and tile // parts <= 512]
-    return divisors[0] if divisors[0] >= 128 or tile <= 512 else tile
 
 
 def _compute(
@@ -182,7 +176,7 @@ def _compute(
     previous: Previous | None = None,
 ) -> int:
     """Run the units that are left, here or on the cluster; returns how many pixels that was."""
-    grid = writer.grid(plan.tile, plan.halo, plan.stride)
+    grid = plan.grid(scene.shape, writer)
     done = ledger.done()
     left = [unit for unit in grid if unit.index not in done]
     if previous is not None:
@@ -191,10 +185,12 @@ def _compute(
     watcher.planned(scene.raster.name, plan, scene.shape[1] * scene.shape[2], pixels)
     final = replace(spec, dtype=plan.dtype, compile=options.compile)
     kind = ResultKind(options.output, load_network(spec).classes, options.threshold)
-    work = Work(scene, final, TilesEngine(plan.stride), kind, writer, ledger, threads_each(options))
+    work = Work(scene, final, plan.runs(), kind, writer, ledger, threads_each(options))
 
     def progress(_: int, total: int) -> None:
         watcher.computed(pixels / total)
 
-    map_tiles(UnitRunner(work), Unread(), None, left, client=client, workers=UNITS_AT_ONCE, progress=progress)
+    map_tiles(
+        UnitRunner(work), Unread(), None, left, client=client, workers=work.engine.at_once, progress=progress
+    )
     return pixels

@@ -1,5 +1,7 @@
 """One unit from its pixels to the store: read, computed, converted, written, marked as done."""
 
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +17,7 @@ from bigvision.jobs.process.ledger import Ledger
 from bigvision.jobs.process.network import Network, NetworkSpec, load_network
 from bigvision.jobs.process.results import ResultKind
 from bigvision.jobs.process.scene import Scene
+from bigvision.jobs.process.strips import Strip, strips
 from tiling import Tile, ZarrWriter
 
 
@@ -49,15 +52,20 @@ class UnitRunner:
     def __init__(self, work: Work) -> None:
         self.work = work
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="network")
+        self.room = threading.BoundedSemaphore(work.engine.at_once)
 
     def __reduce__(self) -> tuple[type["UnitRunner"], tuple[Work]]:
         return UnitRunner, (self.work,)
 
     def __call__(self, _: NDArray[Any], unit: Tile) -> None:
         """Compute and store one unit."""
-        read = self.work.engine.read(self.work.scene, unit)
-        result = self.thread.submit(self._compute, unit, read).result()
-        self.work.writer.write(result, unit.core)
+        with self.room:
+            made = self._strips(unit, self.work.engine.read(self.work.scene, unit))
+            # The network's thread makes strip after strip; this one writes each while the next is made.
+            making = self.thread.submit(self._next, made)
+            while (strip := making.result()) is not None:
+                making = self.thread.submit(self._next, made)
+                self.work.writer.write(*strip)
         self.work.ledger.mark(unit.index)
 
     @cached_property
@@ -66,17 +74,10 @@ class UnitRunner:
             torch.set_num_threads(self.work.threads)
         return load_network(self.work.spec)
 
-    @torch.inference_mode()
-    def _compute(self, unit: Tile, read: Any) -> NDArray[Any]:
-        """The unit's pixels as they are written, [B, h, w]; nodata where no piece is."""
-        kind, core = self.work.kind, unit.core
-        result = np.full((kind.bands, *unit.shape), kind.nodata, kind.dtype)
-        for piece in self.work.engine.pieces(self._network, unit, read):
-            rows, columns = piece.window.toslices()
-            into = result[
-                :,
-                rows.start - core.row_off : rows.stop - core.row_off,
-                columns.start - core.col_off : columns.stop - core.col_off,
-            ]
-            np.copyto(into, kind.convert(piece.logits).cpu().numpy(), where=piece.valid)
-        return result
+    def _strips(self, unit: Tile, read: Any) -> Iterator[Strip]:
+        pieces = self.work.engine.pieces(self._network, unit, read)
+        yield from strips(pieces, unit.core, self.work.writer.shard[0], self.work.kind)
+
+    def _next(self, made: Iterator[Strip]) -> Strip | None:
+        with torch.inference_mode():
+            return next(made, None)

@@ -1,0 +1,108 @@
+"""The engine that streams: a unit is a full-width band of rows, or the whole scene where statistics span it.
+
+Legend: C bands, K logits, h and w rows and columns.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rasterio.windows import Window
+from torch import nn
+
+from bigvision.graph.geometry import trace_padded
+from bigvision.jobs.process.engine import Piece
+from bigvision.jobs.process.network import Network
+from bigvision.jobs.process.scene import Scene
+from bigvision.streaming import StreamedModel
+from bigvision.streaming.footprint import state_bytes, tape_bytes
+from bigvision.streaming.program import compile_program
+from bigvision.streaming.schedule import schedule
+from tiling import Tile
+
+
+@dataclass(frozen=True)
+class StreamEngine:
+    """Line buffers instead of overlapping tiles: only a band's own halo is computed twice.
+
+    rows: image rows a step.
+    """
+
+    rows: int
+    at_once: int = 1  # a unit overlaps its own reading, computing and writing
+
+    def read(self, scene: Scene, unit: Tile) -> Scene:
+        """The scene itself, which is read by rows while they are computed."""
+        return scene
+
+    def pieces(self, network: Network, unit: Tile, read: Scene) -> Iterator[Piece]:
+        """Rows of the core as they leave the network."""
+        core, padded = unit.core, unit.padded
+        model = _streamed(network, (read.shape[0], padded.height, padded.width), self.rows)
+        with _Rows(read, padded) as source:
+            for row, logits in model.stream(source):
+                start = max(row, core.row_off - padded.row_off)
+                stop = min(row + logits.shape[-2], core.row_off + core.height - padded.row_off)
+                if start >= stop:
+                    continue
+                window = Window(core.col_off, padded.row_off + start, core.width, stop - start)
+                yield Piece(window, logits[0, :, start - row : stop - row], source.valid(start, stop))
+
+
+def streamed_bytes(model: nn.Module, shape: tuple[int, int, int], rows: int, dtype: str) -> int:
+    """Line buffers and one step's results of `model` over an image [C, H, W], at their most."""
+    program = compile_program(trace_padded(model, shape)[0])
+    kind = getattr(torch, dtype)
+    plans = [(walk, schedule(walk, rows)) for walk in program.passes]
+    return max(int((state_bytes(w, p, kind)[1:] + tape_bytes(w, p, kind)).max()) for w, p in plans)
+
+
+@lru_cache(maxsize=4)
+def _streamed(network: Network, shape: tuple[int, int, int], rows: int) -> StreamedModel:
+    """Bands of one height share their schedule."""
+    return StreamedModel(network.module, shape, rows=rows, dtype=network.dtype, device=network.device)
+
+
+class _Rows:
+    """A window of a scene for `StreamedModel`: sliced by rows, the next ones read ahead.
+
+    Remembers, a bit a pixel, where there was data: rows leave the network long after they were read.
+    """
+
+    def __init__(self, scene: Scene, window: Window) -> None:
+        self.scene, self.window = scene, window
+        self.shape = (scene.shape[0], window.height, window.width)
+        self._seen = np.zeros((window.height, -(-window.width // 8)), np.uint8)
+        self._ahead: tuple[int, int, Future[NDArray[np.float32]]] | None = None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="rows")
+
+    def __enter__(self) -> "_Rows":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._reader.shutdown(cancel_futures=True)
+
+    def __getitem__(self, key: Any) -> NDArray[np.float32]:
+        """`source[:, a:b]`: float32 [C, b - a, w]."""
+        a, b, _ = key[1].indices(self.window.height)
+        ahead, self._ahead = self._ahead, None
+        rows = ahead[2].result() if ahead is not None and ahead[:2] == (a, b) else self._read(a, b)
+        end = min(2 * b - a, self.window.height)
+        if b < end:
+            self._ahead = (b, end, self._reader.submit(self._read, b, end))
+        return rows
+
+    def valid(self, a: int, b: int) -> NDArray[np.bool_]:
+        """Where rows a to b have data, bool [b - a, w]."""
+        return np.unpackbits(self._seen[a:b], axis=1, count=self.window.width).astype(bool)
+
+    def _read(self, a: int, b: int) -> NDArray[np.float32]:
+        place = Window(self.window.col_off, self.window.row_off + a, self.window.width, b - a)
+        pixels, valid = self.scene.read(place)
+        self._seen[a:b] = np.packbits(valid, axis=1)
+        return pixels

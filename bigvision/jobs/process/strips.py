@@ -1,0 +1,54 @@
+"""Pieces of a unit, of any height, into strips of whole shards as the store takes them.
+
+Legend: B bands written, h and w rows and columns.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rasterio.windows import Window
+
+from bigvision.jobs.process.engine import Piece
+from bigvision.jobs.process.results import ResultKind
+
+Strip = tuple[NDArray[Any], Window]
+
+
+def strips(pieces: Iterator[Piece], core: Window, rows: int, kind: ResultKind) -> Iterator[Strip]:
+    """The pixels of `core` [B, h, w] as they are written, `rows` at a time; nodata where no piece is.
+
+    Pieces come from top to bottom; a strip is handed out as soon as a piece begins below it.
+    """
+    windows = _windows(core, rows)
+    window = next(windows)
+    strip = _blank(window, kind)
+    for piece in pieces:
+        pixels = kind.convert(piece.logits).cpu().numpy()
+        left = piece.window.col_off - core.col_off
+        columns = slice(left, left + piece.window.width)
+        begin, end = piece.window.row_off, piece.window.row_off + piece.window.height
+        while begin < end:
+            while begin >= window.row_off + window.height:
+                yield strip, window
+                window = next(windows)
+                strip = _blank(window, kind)
+            stop = min(end, window.row_off + window.height)
+            part = slice(begin - piece.window.row_off, stop - piece.window.row_off)
+            into = strip[:, begin - window.row_off : stop - window.row_off, columns]
+            np.copyto(into, pixels[:, part], where=piece.valid[part])
+            begin = stop
+    yield strip, window
+    for window in windows:
+        yield _blank(window, kind), window
+
+
+def _windows(core: Window, rows: int) -> Iterator[Window]:
+    end = core.row_off + core.height
+    for top in range(core.row_off, end, rows):
+        yield Window(core.col_off, top, core.width, min(rows, end - top))
+
+
+def _blank(window: Window, kind: ResultKind) -> NDArray[Any]:
+    return np.full((kind.bands, window.height, window.width), kind.nodata, kind.dtype)
