@@ -1,13 +1,16 @@
-"""The sharded head against a plain one, and at ten and twenty-nine million classes. CPU, gloo, one thread a rank.
+"""The sharded head against a plain one, and at ten and twenty-nine million classes. CPU, gloo, one thread a
+rank.
 
-    python benchmarks/heads.py                      200 000 classes: plain fp32 head, ours in float32 and bfloat16
-    python benchmarks/heads.py --peer FOLDER        and the partial_fc_v2.py of InsightFace in that folder
-    python benchmarks/heads.py --large              10 000 000 classes: exact and sampled steps, beside the bare GEMMs
-    python benchmarks/heads.py --mmap FOLDER        29 000 000 classes in memory-mapped files there (30 GB), sampled
+    python benchmarks/heads.py                      200 000 classes: plain fp32 head, ours in float32 and
+    bfloat16 python benchmarks/heads.py --peer FOLDER        and the partial_fc_v2.py of InsightFace in that
+    folder python benchmarks/heads.py --large              10 000 000 classes: exact and sampled steps, beside
+    the bare GEMMs python benchmarks/heads.py --mmap FOLDER        29 000 000 classes in memory-mapped files
+    there (30 GB), sampled
 
-Every row is its own set of processes, so that peaks don't mix. Times are medians; the GEMM time is measured in the same
-processes on the same centres: the four products of a step (8*B*C*D operations), nothing around them. "cpu" is the processor
-time of the slowest rank, which has one thread: what the step would take on a machine with nothing else to do.
+Every row is its own set of processes, so that peaks don't mix. Times are medians; the GEMM time is measured
+in the same processes on the same centres: the four products of a step (8*B*C*D operations), nothing around
+them. "cpu" is the processor time of the slowest rank, which has one thread: what the step would take on a
+machine with nothing else to do.
 """
 
 import argparse
@@ -30,7 +33,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Run as a script, this file's folder comes first on the path, where the file would hide the package of its name.
+# Run as a script, this file's folder comes first on the path and the file would hide the package.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).parent.resolve()]
 
 from heads import SGD, Margin, RowwiseAdagrad, ShardedMarginHead, sampled  # noqa: E402
@@ -55,7 +58,9 @@ class Case:
 
 
 class PlainHead(nn.Module):
-    """A class-sharded ArcFace head as one would write it: logits, softmax and gradients as whole fp32 matrices."""
+    """A class-sharded ArcFace head as one would write it: logits, softmax and gradients as whole fp32
+    matrices.
+    """
 
     def __init__(self, classes: int, dim: int, rate: float | None) -> None:
         super().__init__()
@@ -255,13 +260,17 @@ def compare(peer: Path | None) -> None:
         for case in cases:
             found = measure(case)
             base = base or found
-            print(
-                f"{case.name:30s} {found['step']:7.3f} s/step {case.ranks * b / found['step']:6.0f} samples/s "
-                f"x{base['step'] / found['step']:5.1f}  cpu {found['cpu']:6.3f} s x{base['cpu'] / found['cpu']:5.1f}"
-                f"  peak {found['peak'] / 2:5.2f} GiB a rank ({found['peak'] / base['peak']:.2f} of it), without "
-                f"imports {found['above'] / 2:5.2f} ({found['above'] / base['above']:.2f})  loss {found['loss']:.2f}",
-                flush=True,
-            )
+            print(_row(case, found, base), flush=True)
+
+
+def _row(case: Case, found: dict[str, float], base: dict[str, float]) -> str:
+    step, cpu, peak, above = (found[key] for key in ("step", "cpu", "peak", "above"))
+    return (
+        f"{case.name:30s} {step:7.3f} s/step {case.ranks * case.batch / step:6.0f} samples/s "
+        f"x{base['step'] / step:5.1f}  cpu {cpu:6.3f} s x{base['cpu'] / cpu:5.1f}  "
+        f"peak {peak / 2:5.2f} GiB a rank ({peak / base['peak']:.2f} of it), without imports "
+        f"{above / 2:5.2f} ({above / base['above']:.2f})  loss {found['loss']:.2f}"
+    )
 
 
 def large(classes: int, steps: int) -> None:
@@ -273,17 +282,18 @@ def large(classes: int, steps: int) -> None:
         found = measure(case)
         exact = exact or found
         flops = 8 * 256 * classes * 512
-        tail = f"{exact['step'] / found['step']:.1f} times faster than exact, {exact['cpu'] / found['cpu']:.1f} in cpu time"
+        faster = exact["step"] / found["step"], exact["cpu"] / found["cpu"]
+        tail = f"{faster[0]:.1f} times faster than exact, {faster[1]:.1f} in cpu time"
         if case.gemms:
-            rate_each = flops / case.ranks / found["gemms cpu"] / 1e9
+            bare, bare_cpu = found["gemms"], found["gemms cpu"]
             tail = (
-                f"bare GEMMs {found['gemms']:.2f} s, cpu {found['gemms cpu']:.2f} s ({rate_each:.0f} GFLOP/s a core); "
-                f"step / GEMMs = {found['step'] / found['gemms']:.2f}, in cpu time {found['cpu'] / found['gemms cpu']:.2f}"
+                f"bare GEMMs {bare:.2f} s, cpu {bare_cpu:.2f} s "
+                f"({flops / case.ranks / bare_cpu / 1e9:.0f} GFLOP/s a core); "
+                f"step / GEMMs = {found['step'] / bare:.2f}, in cpu time {found['cpu'] / bare_cpu:.2f}"
             )
         print(
-            f"{classes:,} classes, {name}: {found['step']:.2f} s/step, cpu {found['cpu']:.2f} s ("
-            f"centres made in {found['start']:.1f} s), peak {found['peak']:.2f} GiB for both "
-            f"ranks; {tail}",
+            f"{classes:,} classes, {name}: {found['step']:.2f} s/step, cpu {found['cpu']:.2f} s "
+            f"(centres made in {found['start']:.1f} s), peak {found['peak']:.2f} GiB for both ranks; {tail}",
             flush=True,
         )
 
@@ -298,7 +308,8 @@ def mapped(classes: int, folder: Path, steps: int) -> None:
     finally:
         shutil.rmtree(place, ignore_errors=True)
     print(
-        f"{classes:,} classes in {classes * 1024 / 1e9:.1f} GB of memory-mapped files, sampled 0.1 in runs of 64: "
+        f"{classes:,} classes in {classes * 1024 / 1e9:.1f} GB of memory-mapped files, sampled 0.1 in runs "
+        f"of {case.run}: "
         f"{found['step']:.2f} s/step, cpu {found['cpu']:.2f} s (files made in {found['start']:.0f} s), "
         f"peak resident {found['peak']:.2f} GiB for both ranks, loss {found['loss']:.2f}",
         flush=True,

@@ -1,8 +1,10 @@
-"""Checkpoints of a sharded head with `torch.distributed.checkpoint`: saved on some ranks, loaded on any number.
+"""Checkpoints of a sharded head with `torch.distributed.checkpoint`: saved on some ranks, loaded on any
+number.
 
-A checkpoint is a folder: one safetensors file a rank with its DTensor shards (centres, moments, narrow columns, what
-the gate keeps for each class) and `head.json` with the settings and the step. It is written under another name, flushed
-and renamed, so a folder of the final name is complete, and the one it replaces stays until then.
+A checkpoint is a folder: one safetensors file a rank with its DTensor shards (centres, moments, narrow
+columns, what the gate keeps for each class) and `head.json` with the settings and the step. It is written
+under another name, flushed and renamed, so a folder of the final name is complete, and the one it replaces
+stays until then.
 """
 
 import json
@@ -54,7 +56,8 @@ def save_head(head: ShardedMarginHead, folder: Path | str) -> None:
 
 
 def load_head(head: ShardedMarginHead, folder: Path | str) -> None:
-    """Puts a checkpoint into a head of the same settings, on any number of ranks. Called on every rank together.
+    """Puts a checkpoint into a head of the same settings, on any number of ranks. Called on every rank
+    together.
 
     Raises CheckpointError on every rank where the folder is no complete checkpoint, or one of other settings
     (classes, dimension, margin, scale, storage, optimiser, gate, seed), naming both.

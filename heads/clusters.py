@@ -1,12 +1,14 @@
 """Clusters of classes as the gate's experts, and a certificate for what the closed ones would have added.
 
-A sample opens the clusters whose centroids are nearest to it. Of a closed cluster e with n_e classes, all within the
-angle radius_e of its centroid, no class is nearer to a feature u than max(0, angle(u, centroid_e) - radius_e), so
+A sample opens the clusters whose centroids are nearest to it. Of a closed cluster e with n_e classes, all
+within the angle radius_e of its centroid, no class is nearer to a feature u than max(0, angle(u,
+centroid_e) - radius_e), so
 
     dropped mass of u <= sum over closed e of n_e * exp(s * cos(max(0, angle(u, centroid_e) - radius_e))).
 
-Over the whole denominator that is a bound on the share of the softmax that was left out. It says nothing while centres
-are spread evenly (then radii are near a right angle), and much once they are trained and gather in clusters.
+Over the whole denominator that is a bound on the share of the softmax that was left out. It says nothing
+while centres are spread evenly (then radii are near a right angle), and much once they are trained and
+gather in clusters.
 
 Legend: B gathered samples, V valid ones (label not -1), E clusters, D dimension, n classes of this shard.
 """
@@ -76,7 +78,9 @@ def clustered(
 
 @dataclass(frozen=True)
 class Certificate:
-    """Upper bound on the dropped share of each valid sample's softmax, float64 [V]; the share of classes opened."""
+    """Upper bound on the dropped share of each valid sample's softmax, float64 [V]; the share of classes
+    opened.
+    """
 
     bound: Tensor
     opened: float
@@ -214,7 +218,7 @@ class ClusterGate:
         return torch.arccos(farthest.clamp(-1.0, 1.0)) + slack
 
     def _log_bounds(self, scores: Tensor) -> Tensor:
-        """Log of the most each cluster can add to each sample's denominator, float64 [V, E]; -inf if empty."""
+        """Log of the most a cluster can add to a sample's denominator, float64 [V, E]; -inf if empty."""
         angle = torch.arccos(scores.double().clamp(-1.0, 1.0))
         nearest = (angle - self._radius.double()).clamp_min(0.0)
         return torch.log(self.counts.double()) + self.shard.scale * torch.cos(nearest)

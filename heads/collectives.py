@@ -14,13 +14,14 @@ _OK, _WIDTH, _LABEL, _NOT_FINITE, _PAIRING, _LABEL_TYPE = range(6)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its fellows: the default process group, or a lone process where none is initialised."""
+    """This process in the default process group, or a lone one where none is initialised."""
 
     rank: int
     size: int
 
     @staticmethod
     def current() -> "Ranks":
+        """As torch.distributed says."""
         if dist.is_available() and dist.is_initialized():
             return Ranks(dist.get_rank(), dist.get_world_size())
         return Ranks(0, 1)
@@ -60,7 +61,9 @@ class Ranks:
 
 @dataclass(frozen=True)
 class GatheredBatch:
-    """The samples of all ranks, in rank order: features [B, D], labels int64 [B], and which of them are this rank's."""
+    """The samples of all ranks, in rank order: features [B, D], labels int64 [B], and which of them are this
+    rank's.
+    """
 
     features: Tensor
     labels: Tensor
@@ -68,9 +71,11 @@ class GatheredBatch:
 
 
 def gather_batch(ranks: Ranks, features: Tensor, labels: Tensor, dim: int, num_classes: int) -> GatheredBatch:
-    """Gathers ragged batches. Bad input on any rank raises the same ValueError on every rank, before any work.
+    """Gathers ragged batches. Bad input on any rank raises the same ValueError on every rank, before any
+    work.
 
-    features: [b, dim] floating; labels: int64 [b] in [-1, num_classes). b may differ between ranks and may be 0.
+    features: [b, dim] floating; labels: int64 [b] in [-1, num_classes). b may differ between ranks and may
+    be 0.
     """
     header = _inspect(features, labels, dim, num_classes)
     headers = torch.stack(ranks.gather(header)).tolist()

@@ -1,8 +1,8 @@
 """Counter-based random bits: functions of (seed, stream, step, global class id, column), never of a rank.
 
-Integer arithmetic only, so every device gives the same bits. The 32-bit mixer is the two-round multiply-xorshift of
-C. Wellons' hash prospector (constants 0x7feb352d, 0x846ca68b); keys of rows are 64 bits wide, since among ten million
-classes thousands of pairs would share a 32-bit key and so start alike.
+Integer arithmetic only, so every device gives the same bits. The 32-bit mixer is the two-round multiply-
+xorshift of C. Wellons' hash prospector (constants 0x7feb352d, 0x846ca68b); keys of rows are 64 bits wide,
+since among ten million classes thousands of pairs would share a 32-bit key and so start alike.
 
 Shapes: K rows, D columns.
 """
@@ -37,7 +37,7 @@ def mix32(x: Tensor) -> Tensor:
 
 
 def row_keys(seed: int, stream: int, step: int, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Two int32 keys for each global class id (int64 [K]); together they are 64 bits of one row's identity."""
+    """Two int32 keys for each global class id (int64 [K]), together 64 bits of one row's identity."""
     base = _splitmix64(_splitmix64(_splitmix64(seed & _MASK64) ^ stream) ^ (step & _MASK64))
     low = (ids & 0x7FFFFFFF).to(torch.int32)
     high = (ids >> 31).to(torch.int32)
@@ -54,7 +54,8 @@ def row_noise(key: Tensor, columns: Tensor) -> Tensor:
 def normal_rows(seed: int, ids: Tensor, dim: int, std: float, dtype: torch.dtype) -> Tensor:
     """Initial centres [K, D] of the classes `ids`: nearly normal, mean 0, standard deviation `std`.
 
-    The sum of the four bytes of a hash (Irwin-Hall, n = 4): no transcendental function, so the same bits everywhere.
+    The sum of the four bytes of a hash (Irwin-Hall, n = 4): no transcendental function, so the same bits
+    everywhere.
     """
     first, second = row_keys(seed, STREAM_INIT, 0, ids)
     return spread_normal(first, second, dim, std, dtype)
@@ -70,6 +71,8 @@ def spread_normal(first: Tensor, second: Tensor, dim: int, std: float, dtype: to
 
 
 def round_stochastically(x: Tensor, noise: Tensor) -> Tensor:
-    """float32 to bfloat16, up or down with the probabilities that make the expectation x; `noise` is int32, same shape."""
+    """float32 to bfloat16, up or down with the probabilities that make the expectation x; `noise` is int32,
+    same shape.
+    """
     bits = x.view(torch.int32) + (noise & 0xFFFF)
     return (bits & -65536).view(torch.float32).to(torch.bfloat16)

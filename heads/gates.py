@@ -36,11 +36,11 @@ class ActiveGate(Protocol):
         ...
 
     def widen(self, given: GateInput, active: ActiveRows, lse: Tensor) -> ActiveRows | None:
-        """Further classes, disjoint from the first, once the log-denominators so far, float64 [B], are known."""
+        """Further, other classes, once the log-denominators so far, float64 [B], are known."""
         ...
 
     def certify(self, given: GateInput, lse: Tensor) -> None:
-        """The final log-denominators, float64 [B]: what the gate can say of the mass it left out, it records."""
+        """Records what the gate can say of the mass it left out, given the final log-denominators [B]."""
         ...
 
     def moved(self, rows: Rows, w: Tensor, inverse_norm: Tensor) -> None:
@@ -165,7 +165,8 @@ class _SampledGate(StaticGate):
 
 
 def sampled(rate: float, *, run: int = 1, unbiased: bool = False) -> Sampled:
-    """Each class is active with probability `rate`, and every class of the batch is (Partial FC, An et al. 2022).
+    """Each class is active with probability `rate`, and every class of the batch is (Partial FC, An et al.
+    2022).
 
     The draw is a function of (seed, step, global class id), so the set is the same on any number of ranks.
 

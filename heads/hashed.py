@@ -1,4 +1,5 @@
-"""Locality-sensitive hashing as a gate: classes whose centre falls into a bucket of one of the batch's features.
+"""Locality-sensitive hashing as a gate: classes whose centre falls into a bucket of one of the batch's
+features.
 
 Legend: B gathered samples, D dimension, n classes of this shard, L tables, b bits of a code.
 """
@@ -39,9 +40,9 @@ class Hashed:
 def hashed(tables: int, bits: int, *, collisions: int = 1) -> Hashed:
     """A class takes part if its centre shares the codes of any of the batch's features in enough tables.
 
-    A centre at angle a from a feature shares a code of b bits with probability (1 - a/pi)^b (Charikar 2002), so
-    more bits close the gate and more tables open it. The batch's own classes always take part. Codes follow
-    the centres as these move.
+    A centre at angle a from a feature shares a code of b bits with probability (1 - a/pi)^b (Charikar
+    2002), so more bits close the gate and more tables open it. The batch's own classes always take part.
+    Codes follow the centres as these move.
 
     Args:
         tables: L hash tables.

@@ -32,38 +32,44 @@ class ShardedMarginHead(nn.Module):
     """Exact class-sharded margin softmax whose optimiser step happens inside backward.
 
     `loss = head(features, labels)` is the mean over all ranks' valid samples, the same number on every rank.
-    `loss.backward()` gives the features their gradient (times the number of ranks, which DDP's averaging takes
-    off again, so that the backbone receives the gradient of the global mean) and moves the centres. No tensor of
-    B x C elements and no gradient of C x D ever exists: classes are walked in tiles, forward and again backward.
+    `loss.backward()` gives the features their gradient (times the number of ranks, which DDP's averaging
+    takes off again, so that the backbone receives the gradient of the global mean) and moves the centres. No
+    tensor of B x C elements and no gradient of C x D ever exists: classes are walked in tiles, forward and
+    again backward.
 
     Rules of the fused step:
-    - it is taken with the incoming gradient of the loss (its mean over the ranks), divided by `unscale()` where
+    - it is taken with the incoming gradient of the loss (its mean over the ranks), divided by `unscale()`
+    where
       that is set; set it to `GradScaler.get_scale` under an fp16 scaler;
     - it is skipped on every rank where the incoming gradient or the loss isn't finite on any: the centres and
-      their optimiser stay as they are, the features get NaN gradients (so a scaler skips its own step too), and
-      `skipped` counts it;
+      their optimiser stay as they are, the features get NaN gradients (so a scaler skips its own step too),
+      and `skipped` counts it;
     - gradient accumulation takes one step each backward, with the gradient it is given;
     - a loss is good for one backward, before the next one moves the centres: later ones raise RuntimeError;
     - a batch without a valid label has loss 0 and gradient 0.
-    In eval mode the softmax is over all classes and the centres don't move. Clipping by the gradient norm of the
-    whole model can't include the centres, whose gradient never exists as a whole.
+    In eval mode the softmax is over all classes and the centres don't move. Clipping by the gradient norm of
+    the whole model can't include the centres, whose gradient never exists as a whole.
 
     Args:
         num_classes: C, of all ranks together.
         dim: D.
-        margin: `Margin`, or a callable from feature norms [B] to (m1, m2, m3), such as `AdaFace` and `MagFace`.
+        margin: `Margin`, or a callable from feature norms [B] to (m1, m2, m3), such as `AdaFace` and
+        `MagFace`.
         scale: s, the inverse temperature of the cosine logits.
         active: None for the full softmax, or a gate: `sampled(...)`, `clustered(...)`, `hashed(...)`.
         storage: dtype of the centres and their moments. bfloat16 is rounded stochastically.
-        optimizer: `SGD`, `RowwiseAdagrad` or `Adam`, fused into backward; or None, and `head.weight` [n, D] is an
+        optimizer: `SGD`, `RowwiseAdagrad` or `Adam`, fused into backward; or None, and `head.weight` [n, D]
+        is an
             ordinary parameter for any torch optimiser (its gradient is then n x D).
         normalized: False for the plain softmax x.w*scale, which takes no margin.
         seed: of the initial centres, the sampling and the rounding, all functions of (seed, step, class id).
         tile: K, classes at a time.
         init_std: standard deviation of the initial centres.
-        place: "device"; "host", with a cache of `host_cache` hot rows on the device; or a folder for memory-mapped
+        place: "device"; "host", with a cache of `host_cache` hot rows on the device; or a folder for memory-
+        mapped
             files, which may be larger than RAM.
-        compiled: fuse the elementwise passes with torch.compile; eager, with a warning, where that doesn't work.
+        compiled: fuse the elementwise passes with torch.compile; eager, with a warning, where that doesn't
+        work.
         device: where the work is done.
 
     Raises:
@@ -174,7 +180,8 @@ class ShardedMarginHead(nn.Module):
 
     @torch.no_grad()
     def dropped_share(self, features: Tensor, labels: Tensor) -> Tensor:
-        """The share of each valid sample's softmax that the gate leaves out, measured: float64 [V], all ranks'.
+        """The share of each valid sample's softmax that the gate leaves out, measured: float64 [V], all
+        ranks'.
 
         Costs a full softmax. Without a gate it is 0. Arguments and errors as those of the call.
         """
@@ -209,7 +216,7 @@ class ShardedMarginHead(nn.Module):
         """Gradients of the features [b, D] and, where it is a parameter, of the weight [n, D]."""
         if done.version != self._version:
             raise RuntimeError(
-                "the centres have moved since this loss was computed: each loss takes one backward, before the next"
+                "the centres have moved since this loss was computed: a loss takes one backward, at once"
             )
         grad = self.ranks.sum_(grad.to(self.shard.acc).clone()) / self.ranks.size
         if not bool(torch.isfinite(grad) & torch.isfinite(loss)):

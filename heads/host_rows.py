@@ -1,7 +1,8 @@
 """Columns in host memory with a cache of hot rows on the device, as huge recommender embeddings are held.
 
-A sampled step touches a few per cent of the rows, and the classes of frequent identities again and again: these stay
-on the device, changed ones go back to the host when their place is needed. Rows are replaced least recently used.
+A sampled step touches a few per cent of the rows, and the classes of frequent identities again and again:
+these stay on the device, changed ones go back to the host when their place is needed. Rows are replaced
+least recently used.
 
 Legend: n classes of this shard, K rows of a tile, S places of the cache, D dimension.
 """

@@ -1,7 +1,8 @@
 """Identities that join, leave or turn out to be one person, between runs.
 
-Each returns a new head, of any place or gate, whose rows keep their centre and their optimiser's state under new class
-ids. All ranks call together; rows travel in blocks, so no rank ever holds more than its shard and one block.
+Each returns a new head, of any place or gate, whose rows keep their centre and their optimiser's state
+under new class ids. All ranks call together; rows travel in blocks, so no rank ever holds more than its
+shard and one block.
 
 Legend: C classes before, N after, D dimension.
 """
@@ -36,7 +37,8 @@ def remove_identities(head: ShardedMarginHead, ids: Sequence[int], **settings: A
 def merge_identities(
     head: ShardedMarginHead, groups: Sequence[Sequence[int]], **settings: Any
 ) -> ShardedMarginHead:
-    """A head where each group of classes is one, in the place of its lowest id; the others close ranks in order.
+    """A head where each group of classes is one, in the place of its lowest id; the others close ranks in
+    order.
 
     The new centre and moments are the means of the old ones. See `remap_identities`.
     """
@@ -59,10 +61,12 @@ def remap_identities(
 
     Args:
         head: the old head; it stays as it is.
-        target: int64 [C], the new id of each old class, or -1 for those that leave. Several with the same id are
+        target: int64 [C], the new id of each old class, or -1 for those that leave. Several with the same
+        id are
             averaged; ids that no old class takes start afresh.
         num_classes: N.
-        settings: of the constructor, where they are to differ. The seed is one higher unless given, so that new
+        settings: of the constructor, where they are to differ. The seed is one higher unless given, so that
+        new
             classes don't start where old ones did; memory-mapped heads must name another `place`.
 
     Raises:

@@ -5,9 +5,9 @@ Without a gradient a step of SGD is linear in (w, m): m' = mu*m + wd*w and w' = 
     [w']   [1 - lr*wd   -lr*mu] [w]
     [m'] = [wd           mu   ] [m]
 
-A row last touched before step a and next at step b needs the product of steps a ... b-1, each with its own learning
-rate. Inverting prefix products would lose all digits (the matrices contract), so the products of aligned blocks of
-2^j steps are kept as a tree and each range is put together from O(log) of them.
+A row last touched before step a and next at step b needs the product of steps a ... b-1, each with its own
+learning rate. Inverting prefix products would lose all digits (the matrices contract), so the products of
+aligned blocks of 2^j steps are kept as a tree and each range is put together from O(log) of them.
 
 Legend: S steps so far, N ranges, K rows, D dimension. Everything here is float64.
 """
@@ -63,7 +63,7 @@ class StepHistory:
 
 
 def bring_up(history: StepHistory, last: Tensor, w: Tensor, m: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Rows w [K, D] (and momentum m), last touched before step `last` (int [K]), as of now. acc in, acc out."""
+    """Rows w [K, D] (and momentum m), last touched before step `last` (int [K]), as of now; acc."""
     starts, which = last.to("cpu", torch.int64).unique(return_inverse=True)
     products = history.products_until_now(starts).to(w.device, w.dtype)[which.to(w.device)]
     a, b, c, d = (products[:, i, j, None] for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)))

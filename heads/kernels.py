@@ -1,9 +1,10 @@
 """What happens to one tile of classes: pure functions around the GEMMs, written to be compiled.
 
-Logit tiles lie class by class, [K, B]: what belongs to a class (its norm, its log-weight, its gradient's projection)
-is then a number a row, and the gradient's GEMM reads its left operand without a transpose.
+Logit tiles lie class by class, [K, B]: what belongs to a class (its norm, its log-weight, its gradient's
+projection) is then a number a row, and the gradient's GEMM reads its left operand without a transpose.
 
-Legend: K classes of a tile, B samples, D dimension. acc is float64 where the centres are float64, else float32.
+Legend: K classes of a tile, B samples, D dimension. acc is float64 where the centres are float64, else
+float32.
     z          [K, B]  raw products w.u in the centres' dtype; MASKED where the class is the sample's own
     row_scale  [K]     scale / |w|, acc
     offset     [K]     log-weight of the class minus the shift, acc
@@ -26,7 +27,9 @@ def sum_exp(z: Tensor, row_scale: Tensor, offset: Tensor) -> Tensor:
 
 
 def max_sum_exp(z: Tensor, row_scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """The tile's largest logit [B] and the sum of exponentials relative to it [B]: for logits without a bound."""
+    """The tile's largest logit [B] and the sum of exponentials relative to it [B]: for logits without a
+    bound.
+    """
     logits = z.to(row_scale.dtype) * row_scale[:, None] + offset[:, None]
     largest = logits.amax(0)
     return largest, torch.exp(logits - largest).sum(0)
@@ -37,8 +40,8 @@ def softmax_gradient_(
 ) -> Tensor:
     """Turns z in place into the left operand of the gradient's GEMMs, p*coefficient*row_scale.
 
-    lse and coefficient are acc [B]: the log of the whole denominator, and the sample's weight in the loss. Returns
-    q [K] = sum over B of dL/dc * c, which the projection of the normalised centre takes off.
+    lse and coefficient are acc [B]: the log of the whole denominator, and the sample's weight in the loss.
+    Returns q [K] = sum over B of dL/dc * c, which the projection of the normalised centre takes off.
     """
     logits = z.to(row_scale.dtype) * row_scale[:, None]
     p = torch.exp(logits + log_weight[:, None] - lse) * coefficient
@@ -64,9 +67,9 @@ def update_tile_(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One optimiser step of a tile, in place; the gradient is (d_w - projection*w)*factor.
 
-    columns: wide [K, D] ("weight" and moments), changed in place. narrow: acc or integer [K], returned anew. lr: acc
-    scalar. keys: int32 [K] for each wide column, the random keys of stochastic rounding (bfloat16 only).
-    Returns the new narrow columns and the new 1/|w| [K], taken after rounding.
+    columns: wide [K, D] ("weight" and moments), changed in place. narrow: acc or integer [K], returned
+    anew. lr: acc scalar. keys: int32 [K] for each wide column, the random keys of stochastic rounding
+    (bfloat16 only). Returns the new narrow columns and the new 1/|w| [K], taken after rounding.
     """
     acc = projection.dtype
     wide = {name: column.to(acc) for name, column in columns.items()}
@@ -78,7 +81,9 @@ def update_tile_(
 
 
 def rounded(x: Tensor, dtype: torch.dtype, key: Tensor | None) -> Tensor:
-    """x [K, D] in the dtype of the centres: stochastically where that is bfloat16, which takes the rows' keys [K]."""
+    """x [K, D] in the dtype of the centres: stochastically where that is bfloat16, which takes the rows' keys
+    [K].
+    """
     if dtype != torch.bfloat16 or key is None:
         return x.to(dtype)
     columns = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)

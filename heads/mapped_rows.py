@@ -1,8 +1,8 @@
 """Columns in memory-mapped files, larger than the memory of the machine.
 
 The kernel's page cache is the cache. Rows that will be wanted are announced in runs, so that the disk reads
-sequentially and ahead; a tile's pages leave the process's resident set as soon as the tile is done (they stay in the
-page cache as long as there is room).
+sequentially and ahead; a tile's pages leave the process's resident set as soon as the tile is done (they stay
+in the page cache as long as there is room).
 
 Legend: n classes of this shard, K rows of a tile, D dimension.
 """
@@ -115,7 +115,8 @@ def _check_room(folder: Path, wanted: int, rank: int) -> None:
     free = state.f_bavail * state.f_frsize
     if wanted > free:
         raise ValueError(
-            f"rank {rank}: the memory-mapped centres need {wanted:,} bytes in {folder}, which has {free:,} free"
+            f"rank {rank}: the memory-mapped centres need {wanted:,} bytes in {folder}, "
+            f"which has {free:,} free"
         )
 
 

@@ -1,10 +1,11 @@
 """Angular and additive margins of the target logit.
 
-With t the cosine between a feature and the centre of its own class and theta = arccos(t), the combined margin of
-ArcFace (Deng et al. 2019, arXiv:1801.07698, equation 4) is psi(t) = cos(m1*theta + m2) - m3. That cosine turns round
-at m1*theta + m2 = pi, after which a *worse* feature would be punished *less*. Here it goes on falling instead, in the
-manner of SphereFace (Liu et al. 2017, arXiv:1704.08063): with phi = m1*theta + m2 and k = floor(phi / pi),
-psi = (-1)^k cos(phi) - 2k - m3, continuous, with a continuous slope, and falling in theta everywhere.
+With t the cosine between a feature and the centre of its own class and theta = arccos(t), the combined
+margin of ArcFace (Deng et al. 2019, arXiv:1801.07698, equation 4) is psi(t) = cos(m1*theta + m2) - m3. That
+cosine turns round at m1*theta + m2 = pi, after which a *worse* feature would be punished *less*. Here it
+goes on falling instead, in the manner of SphereFace (Liu et al. 2017, arXiv:1704.08063): with phi =
+m1*theta + m2 and k = floor(phi / pi), psi = (-1)^k cos(phi) - 2k - m3, continuous, with a continuous slope,
+and falling in theta everywhere.
 
 Shapes: B samples; every tensor here is [B].
 """
@@ -20,8 +21,8 @@ from torch import Tensor
 class Margin:
     """The margins (m1, m2, m3): SphereFace (m, 0, 0), ArcFace (1, m, 0), CosFace (1, 0, m), or any mixture.
 
-    `Margin(1, 0, 0)` is the normalised softmax. m1 multiplies the angle, m2 (radians) adds to it, m3 is taken off the
-    cosine. Raises ValueError where m1 is not positive or a margin is not finite.
+    `Margin(1, 0, 0)` is the normalised softmax. m1 multiplies the angle, m2 (radians) adds to it, m3 is
+    taken off the cosine. Raises ValueError where m1 is not positive or a margin is not finite.
     """
 
     m1: float = 1.0
@@ -47,9 +48,9 @@ class TargetLogit:
 def target_logit(cosine: Tensor, m1: Tensor | float, m2: Tensor | float, m3: Tensor | float) -> TargetLogit:
     """psi(t) = (-1)^k cos(phi) - 2k - m3 with phi = m1*arccos(t) + m2 and k = floor(phi/pi), and its slopes.
 
-    `cosine` is [B], clamped into [-1, 1]. The slope m1*|sin(phi)|/sin(theta) keeps its denominator at or above the
-    square root of the machine's epsilon, so it stays finite at theta = 0 and pi. Without angular margins psi is t - m3
-    and its slope exactly 1.
+    `cosine` is [B], clamped into [-1, 1]. The slope m1*|sin(phi)|/sin(theta) keeps its denominator at or
+    above the square root of the machine's epsilon, so it stays finite at theta = 0 and pi. Without angular
+    margins psi is t - m3 and its slope exactly 1.
     """
     t = cosine.clamp(-1.0, 1.0)
     theta = torch.arccos(t)

@@ -13,7 +13,7 @@ Columns = dict[str, Tensor]
 
 
 class RowOptimizer(Protocol):
-    """Settings of an optimiser that is fused into backward. Frozen; the learning rate here is the first one."""
+    """Settings of an optimiser fused into backward; the learning rate is the first one."""
 
     @property
     def lr(self) -> float:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ClassRange:
-    """Classes [start, stop) of `num_classes`, held by one rank of `size`. A late rank's range may be empty."""
+    """Classes [start, stop) of `num_classes`, held by one rank of `size`. The last may hold none."""
 
     start: int
     stop: int

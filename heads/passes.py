@@ -3,8 +3,9 @@
 Legend: b samples of this rank, B of all ranks, D dimension.
     x feature, w centre, u = x/|x|, v = w/|w|, c = u.v, t = c at the label, psi(t) the margin
     loss = mean over the valid samples of LSE - s*psi, LSE = log(exp(s*psi) + sum over other classes exp(s*c))
-Across ranks go: features and labels (B x D), the own cosines and the sums of exponentials (B each; once more B for
-the shift where logits have no bound), one scalar, and the gradient of u (B x D). Nothing of size C.
+Across ranks go: features and labels (B x D), the own cosines and the sums of exponentials (B each; once
+more B for the shift where logits have no bound), one scalar, and the gradient of u (B x D). Nothing of size
+C.
 """
 
 from dataclasses import dataclass
@@ -144,10 +145,11 @@ def merge(first: ActiveRows, more: ActiveRows) -> ActiveRows:
 
 
 def backward_pass(shard: Shard, ranks: Ranks, done: Pass, grad: Tensor, update: Update | None) -> Tensor:
-    """d loss/d features of this rank's samples times the number of ranks, acc [b, D]; `update` gets the tiles.
+    """d loss/d features of this rank's samples times the number of ranks, acc [b, D]; `update` gets the
+    tiles.
 
-    DDP divides the sum of the ranks' gradients by their number: so multiplied, a backbone under DDP receives the
-    gradient of the global mean.
+    DDP divides the sum of the ranks' gradients by their number: so multiplied, a backbone under DDP
+    receives the gradient of the global mean.
     """
     count = done.valid.sum().clamp_min(1)
     coefficient = torch.where(done.valid, grad.to(shard.acc) / count, 0.0)

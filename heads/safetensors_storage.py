@@ -1,9 +1,10 @@
 """Storage of `torch.distributed.checkpoint` in safetensors files, streamed.
 
-PyTorch's own safetensors writer serialises a rank's tensors into one bytes object first, and its reader copies a whole
-shard before it assigns it: at ten million classes that is twice the memory of the centres. Here tensors go to and from
-the file block by block. Files are of the same format as that writer's with `save_distributed=True`: one a rank, the
-offset of each shard under the header's DCP_SHARDING_INFO. No pickle anywhere.
+PyTorch's own safetensors writer serialises a rank's tensors into one bytes object first, and its reader
+copies a whole shard before it assigns it: at ten million classes that is twice the memory of the centres.
+Here tensors go to and from the file block by block. Files are of the same format as that writer's with
+`save_distributed=True`: one a rank, the offset of each shard under the header's DCP_SHARDING_INFO. No
+pickle anywhere.
 """
 
 import json

@@ -32,7 +32,9 @@ class ActiveRows:
 
 @dataclass(frozen=True)
 class Tile:
-    """Active classes [low, high) of the walk: their rows, and which samples [m] own a class (its place [m]) in it."""
+    """Active classes [low, high) of the walk: their rows, and which samples [m] own a class (its place [m])
+    in it.
+    """
 
     low: int
     high: int
@@ -42,7 +44,9 @@ class Tile:
 
 
 class Workspace:
-    """Buffers that outlive a tile and a step: fresh memory is faulted in page by page, which costs more than the work."""
+    """Buffers that outlive a tile and a step: fresh memory is faulted in page by page, which costs more than
+    the work.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -153,7 +157,9 @@ def tile_products(shard: Shard, tile: Tile, w: Tensor, u: Tensor) -> Tensor:
 
 
 def own_products(shard: Shard, unit: Tensor, own_rows: Tensor) -> Tensor:
-    """Each sample's cosine (or product) with its own class, from unit acc [B, D]: acc [B], 0 if held elsewhere."""
+    """Each sample's cosine (or product) with its own class, from unit acc [B, D]: acc [B], 0 if held
+    elsewhere.
+    """
     held = own_rows >= 0
     out = torch.zeros(len(unit), dtype=shard.acc, device=unit.device)
     rows, inverse = own_rows[held].unique(return_inverse=True)
@@ -165,8 +171,8 @@ def own_products(shard: Shard, unit: Tensor, own_rows: Tensor) -> Tensor:
 
 
 def denominators(shard: Shard, active: ActiveRows, u: Tensor, own_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(shift, total), float64 [B] each: exp(shift)*total is the sum over the active classes but the own one of
-    exp(logit + log_weight).
+    """(shift, total), float64 [B] each: exp(shift)*total is the sum over the active classes but the own one
+    of exp(logit + log_weight).
 
     Cosine logits are bounded by the scale, so where exp(scale) times the classes fits the number format the
     shift is 0 and each tile is read once; otherwise the largest logit so far is carried along.
@@ -212,7 +218,7 @@ class Slopes:
 
 @dataclass(frozen=True)
 class TileGradient:
-    """dL/dw of a tile is products - projection*w: products [K, D] in the centres' dtype, projection acc [K]."""
+    """dL/dw is products - projection*w: [K, D] in the centres' dtype, and acc [K]."""
 
     products: Tensor
     projection: Tensor

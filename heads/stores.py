@@ -1,7 +1,7 @@
 """Where the wide columns of a shard live: its centres [n, D] and their moments.
 
-The narrow ones, a number or two a class, always stay in memory. A tile of rows is loaded, changed and stored; a
-contiguous tile on the device is a view, so storing it costs nothing.
+The narrow ones, a number or two a class, always stay in memory. A tile of rows is loaded, changed and
+stored; a contiguous tile on the device is a view, so storing it costs nothing.
 
 Legend: n classes of this shard, K rows of a tile, D dimension.
 """

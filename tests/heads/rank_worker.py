@@ -1,4 +1,5 @@
-"""One rank of four: runs the same scenarios in groups of 4, 1, 3 and 2 ranks and leaves what came out in files.
+"""One rank of four: runs the same scenarios in groups of 4, 1, 3 and 2 ranks and leaves what came out in
+files.
 
 Started by the fixture `outcomes` in conftest.py as `python rank_worker.py RANK FOLDER`.
 """

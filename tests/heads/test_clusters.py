@@ -11,7 +11,7 @@ from heads import SGD, Margin, ShardedMarginHead, clustered
 
 
 def trained(classes: int, groups: int, active: object, dim: int = 32, scale: float = 64.0) -> tuple:
-    """A head whose centres gather in tight groups, as those of trained identities do, and features near them."""
+    """A head whose centres gather in tight groups, and features near them."""
     generator = torch.Generator().manual_seed(0)
     centre = F.normalize(torch.randn(groups, dim, dtype=torch.float64, generator=generator))
     spread = 0.3 * F.normalize(torch.randn(classes, dim, dtype=torch.float64, generator=generator))

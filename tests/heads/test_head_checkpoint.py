@@ -59,7 +59,7 @@ def test_a_failed_save_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr(StreamedWriter, "write_data", full_disk)
-        with pytest.raises(CheckpointError, match="saving .*No space left on device"):
+        with pytest.raises(CheckpointError, match=r"saving .*No space left on device"):
             save_head(head, folder)
     other = make()
     load_head(other, folder)

@@ -1,4 +1,4 @@
-"""What the head does besides the arithmetic: modes, adaptive margins, order of backwards, settings, kernels."""
+"""Besides the arithmetic: modes, adaptive margins, order of backwards, settings, kernels."""
 
 from collections.abc import Callable
 from typing import Any

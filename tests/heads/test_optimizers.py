@@ -1,4 +1,6 @@
-"""The fused optimisers against torch's, idle rows against dense SGD, schedules, and W as an ordinary parameter."""
+"""The fused optimisers against torch's, idle rows against dense SGD, schedules, and W as an ordinary
+parameter.
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from heads import SGD, AdaFace, Adam, MagFace, Margin, RowwiseAdagrad, ShardedMarginHead
+from heads import SGD, Margin, ShardedMarginHead
 
 Oracle = Callable[..., Tensor]
 MARGINS = [
