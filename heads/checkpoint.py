@@ -10,6 +10,7 @@ stays until then.
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,7 @@ def save_head(head: ShardedMarginHead, folder: Path | str) -> None:
         if ranks.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-    with _together(ranks, f"saving {folder}"):
+    with _together(ranks, f"saving {folder}"), _quiet():
         dcp.save(_state(head), storage_writer=StreamedWriter(partial), no_dist=ranks.size == 1)
     with _together(ranks, f"saving {folder}"):
         if ranks.rank == 0:
@@ -71,7 +72,7 @@ def load_head(head: ShardedMarginHead, folder: Path | str) -> None:
         ]
         if other:
             raise ValueError(f"a checkpoint of another head: {'; '.join(other)}")
-    with _together(ranks, f"loading {folder}"):
+    with _together(ranks, f"loading {folder}"), _quiet():
         dcp.load(_state(head), storage_reader=StreamedReader(folder), no_dist=ranks.size == 1)
     with _together(ranks, f"loading {folder}"):
         _resume(head, found)
@@ -144,6 +145,14 @@ def _resume(head: ShardedMarginHead, found: dict[str, Any]) -> None:
     head.refresh_norms()
     if head.gate is not None:
         head.gate.restored()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the remark that a single process is a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 @contextmanager
