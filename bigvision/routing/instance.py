@@ -1,0 +1,186 @@
+"""Instance routing: each image takes the networks, the depth or the width that it needs.
+
+Legend: B images, C channels, D features, E experts, K classes (or output channels).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bigvision.gating import (
+    Experts,
+    Gate,
+    Gated,
+    LinearScorer,
+    Routing,
+    TopK,
+    apply_experts,
+    importance_loss,
+    load_loss,
+)
+
+Exchange = Callable[[Tensor, Routing, Sequence[Any]], Tensor]
+
+
+def image_statistics(x: Tensor) -> Tensor:
+    """Mean and standard deviation of each channel: float [B, 2C] of images [B, C, H, W]."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return torch.cat([wide.mean((2, 3)), wide.std((2, 3), correction=0)], 1)
+
+
+class InstanceRouter(nn.Module):
+    """Expert networks for whole images: each image goes to the k that its gate selects.
+
+    Args:
+        gate: over image features [B, D] and E experts.
+        experts: E modules [n, C, H, W] -> [n, ...] that agree in what they return; with an exchange, those of
+            this rank.
+        exchange: where experts are spread over ranks: :class:`~bigvision.gating.AllToAllExchange` or
+            :class:`~bigvision.gating.AllGatherExchange`.
+        features: of images, [B, D]; mean and standard deviation of each channel by default.
+
+    Raises:
+        ValueError: no experts, or a linear gate over another number of experts.
+    """
+
+    def __init__(
+        self,
+        gate: Gate,
+        experts: Sequence[nn.Module],
+        *,
+        exchange: Exchange | None = None,
+        features: Callable[[Tensor], Tensor] = image_statistics,
+    ) -> None:
+        super().__init__()
+        self.gate, self.features, self.exchange = gate, features, exchange
+        count = len(gate.scorer.weight) if isinstance(gate.scorer, LinearScorer) else len(experts)
+        if exchange is None and (not experts or count != len(experts)):
+            raise ValueError(f"the gate is over {count} experts, got {len(experts)}")
+        self.experts = Experts(experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, ...]: the weighted sum of each image's experts."""
+        return self.run(x)[0]
+
+    def run(self, x: Tensor) -> tuple[Tensor, Gated]:
+        """The results, and the decision that the losses need."""
+        gated = self.gate(self.features(x))
+        if self.exchange is not None:
+            return self.exchange(x, gated.routing, list(self.experts.experts)), gated
+        return self.experts(x, gated.routing), gated
+
+    def balance_loss(self, gated: Gated) -> Tensor:
+        """Importance loss, plus the load loss where the gate has Gaussian noise and top-k (Shazeer 2017)."""
+        loss = importance_loss(gated.probs)
+        noise, selection = self.gate.noise, self.gate.selection
+        if noise is not None and noise.kind == "gaussian" and isinstance(selection, TopK):
+            std = noise.std(gated.probs.shape[1])
+            k = max(int(gated.mask.sum(1).max()), 1) if len(gated.mask) else 1
+            loss = loss + load_loss(gated.logits, gated.noisy_logits, k, std)
+        return loss
+
+
+class EarlyExit(nn.Module):
+    """Dynamic depth: an image leaves at the first head that is sure of it.
+
+    In training every head sees every image; in evaluation a stage runs on the images that are still there.
+
+    Args:
+        stages: modules in sequence.
+        heads: one a stage, to logits [n, K].
+        confidence: probability of the best class from which an image leaves, 0..1.
+
+    Raises:
+        ValueError: another number of heads than stages, none, or a confidence outside 0..1.
+    """
+
+    def __init__(self, stages: Sequence[nn.Module], heads: Sequence[nn.Module], confidence: float) -> None:
+        super().__init__()
+        if not stages or len(stages) != len(heads):
+            raise ValueError(f"one head a stage is needed, got {len(stages)} stages and {len(heads)} heads")
+        if not 0 <= confidence <= 1:
+            raise ValueError(f"confidence must be in 0..1, got {confidence}")
+        self.stages, self.heads, self.confidence = nn.ModuleList(stages), nn.ModuleList(heads), confidence
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Logits [B, K] of every head: what training needs."""
+        found = []
+        for stage, head in zip(self.stages, self.heads, strict=True):
+            x = stage(x)
+            found.append(head(x))
+        return found
+
+    @torch.no_grad()
+    def exits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, K] of the head that each image left at, and which that was, int64 [B]."""
+        here = torch.arange(len(x), device=x.device)
+        depth = torch.full((len(x),), len(self.stages) - 1, device=x.device)
+        result: Tensor | None = None
+        for number, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
+            x = stage(x)
+            logits = head(x)
+            result = logits.new_zeros(len(depth), logits.shape[1]) if result is None else result
+            sure = logits.float().softmax(1).amax(1) >= self.confidence
+            leaves = sure if number + 1 < len(self.stages) else torch.ones_like(sure)
+            result[here[leaves]] = logits[leaves]
+            depth[here[leaves]] = number
+            here, x = here[~leaves], x[~leaves]
+            if not len(here):
+                break
+        assert result is not None
+        return result, depth
+
+
+class SlimBlock(nn.Module):
+    """A residual block of which the first hidden channels alone may run (slimmable networks, Yu et al. 2019).
+
+    Args:
+        channels: C in and out.
+        hidden: channels between, at full width.
+    """
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.into = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.out = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor, width: int | None = None) -> Tensor:
+        """[n, C, H, W] of the same; `width`: hidden channels that run, all where absent."""
+        k = self.into.out_channels if width is None else width
+        if not 1 <= k <= self.into.out_channels:
+            raise ValueError(f"width must be in 1..{self.into.out_channels}, got {k}")
+        bias = None if self.into.bias is None else self.into.bias[:k]
+        hidden = functional.relu(functional.conv2d(x, self.into.weight[:k], bias, padding=1))
+        return x + functional.conv2d(hidden, self.out.weight[:, :k], self.out.bias)
+
+
+class WidthRouter(nn.Module):
+    """Dynamic width: each image runs through as many channels of one block as its gate selects.
+
+    Args:
+        gate: over image features [B, 2C] and one expert a width.
+        block: shared by all widths.
+        widths: hidden channels, each in 1..hidden.
+
+    Raises:
+        ValueError: widths outside of the block's, or a linear gate over another number of them.
+    """
+
+    def __init__(self, gate: Gate, block: SlimBlock, widths: Sequence[int]) -> None:
+        super().__init__()
+        hidden = block.into.out_channels
+        if not widths or not all(1 <= width <= hidden for width in widths):
+            raise ValueError(f"widths must be in 1..{hidden}, got {tuple(widths)}")
+        if isinstance(gate.scorer, LinearScorer) and len(gate.scorer.weight) != len(widths):
+            raise ValueError(f"the gate is over {len(gate.scorer.weight)} widths, got {tuple(widths)}")
+        self.gate, self.block, self.widths = gate, block, tuple(widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] of the same."""
+        gated = self.gate(image_statistics(x))
+        experts = [partial(self.block, width=width) for width in self.widths]
+        return apply_experts(x, gated.routing, experts, out_shape=x.shape[1:])
