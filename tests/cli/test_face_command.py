@@ -82,6 +82,13 @@ def test_it_hands_training_to_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen[0][-3:] == ["--evaluate", "bin:a", "bin:b"]
 
 
+def test_it_is_mounted_beside_the_raster_commands() -> None:
+    from bigvision.cli import app as whole
+
+    result = CliRunner().invoke(whole, ["face", "--help"])
+    assert all(name in result.output for name in ("train", "eval", "convert", "export", "index", "identify"))
+
+
 def test_training_has_its_help() -> None:
     text = call("train", "--help")
     assert "--nproc-per-node" in text

@@ -18,7 +18,8 @@ from bigvision.jobs.faces.options import DTYPES, TrainOptions
 from bigvision.models.embedding import BackboneSpec, build_backbone
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-RUNTIME = 350 << 20  # the interpreter with torch and its threads, measured on Linux
+RUNTIME = 350 << 20  # private bytes of the interpreter with torch, measured on Linux; libraries are shared
+WORKER = 280 << 20  # of a process that decodes images
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Plan:
     head_work: int  # gathered features and tiles
     backbone: int  # parameters, gradients, momentum
     activations: int
+    workers: int  # processes that decode
     on_disk: int  # centres that live in a file
     available: int
     ranks_here: int
@@ -40,7 +42,14 @@ class Plan:
     @property
     def total(self) -> int:
         """Bytes of one rank."""
-        parts = (self.head, self.head_optimizer, self.head_work, self.backbone, self.activations)
+        parts = (
+            self.head,
+            self.head_optimizer,
+            self.head_work,
+            self.backbone,
+            self.activations,
+            self.workers,
+        )
         return sum(parts) + RUNTIME
 
     def check(self) -> None:
@@ -65,6 +74,7 @@ class Plan:
             "head: gathered batch, tiles": self.head_work,
             "backbone, gradient, momentum": self.backbone,
             "activations": self.activations,
+            "processes that decode": self.workers,
             "Python and torch": RUNTIME,
             "together": self.total,
         }
@@ -97,6 +107,7 @@ def make_plan(options: TrainOptions, classes: int, images: int, world_size: int,
         head_work=4 * (6 * options.batch_size * options.dim + 3 * tile * (options.batch_size + options.dim)),
         backbone=backbone,
         activations=activations,
+        workers=options.workers * WORKER,
         on_disk=row_bytes + moments if mapped else 0,
         available=available_memory(options),
         ranks_here=ranks_here,
