@@ -1,4 +1,4 @@
-"""The sharded head against a plain one, and at ten and twenty-nine million classes: CPU, gloo, 1 thread a rank.
+"""The sharded head against a plain one, and at ten and twenty-nine million classes: gloo, 1 thread a rank.
 
     python benchmarks/heads.py                 200 000 classes: plain fp32 head, ours in float32 and bfloat16
     python benchmarks/heads.py --peer FOLDER   and the partial_fc_v2.py of InsightFace in that folder
