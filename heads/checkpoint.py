@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from heads.collectives import Ranks
+from heads.collectives import Ranks, together
 from heads.head import ShardedMarginHead
 from heads.safetensors_storage import StreamedReader, StreamedWriter
 
@@ -157,25 +156,16 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _together(ranks: Ranks, what: str) -> Iterator[None]:
-    """Runs the block on every rank; an error on any of them is a CheckpointError on all of them."""
-    failure = ""
+    """An error on any rank is a CheckpointError on all of them."""
     try:
-        yield
-    except (Exception, dcp.CheckpointException) as error:  # whatever it is, the other ranks must hear of it
-        failure = _reason(error, ranks.rank)
-    failures: list[Any] = [failure]
-    if ranks.size > 1:
-        failures = [None] * ranks.size
-        dist.all_gather_object(failures, failure)
-    if any(failures):
-        raise CheckpointError(f"{what}: {next(f for f in failures if f)}")
-
-
-def _reason(error: BaseException, rank: int) -> str:
-    """The rank and the error; of a collective failure the first rank's own error."""
-    if isinstance(error, dcp.CheckpointException):
-        rank, (error, _) = next(iter(error.failures.items()))
-    return f"rank {rank}: {type(error).__name__}: {error}"
+        with together(ranks, what):
+            try:
+                yield
+            except dcp.CheckpointException as error:  # a collective failure: the first rank's own error
+                rank, (cause, _) = next(iter(error.failures.items()))
+                raise OSError(f"rank {rank}: {type(cause).__name__}: {cause}") from None
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 Shapes: b samples of one rank, B samples of all ranks, D dimension.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,6 +60,23 @@ class Ranks:
         """Waits for every rank."""
         if self.size > 1:
             dist.barrier()
+
+
+@contextmanager
+def together(ranks: Ranks, what: str) -> Iterator[None]:
+    """Runs the block on every rank; an error on any of them is a ValueError on all, naming the first."""
+    failure = ""
+    try:
+        yield
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        text = f"{type(error).__name__}: {error}"
+        failure = str(error) if isinstance(error, ValueError) else f"rank {ranks.rank}: {text}"
+    failures: list[Any] = [failure]
+    if ranks.size > 1:
+        failures = [None] * ranks.size
+        dist.all_gather_object(failures, failure)
+    if any(failures):
+        raise ValueError(f"{what}: {next(f for f in failures if f)}")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from heads.adaptive import AdaptiveMargin
-from heads.collectives import Ranks, gather_batch
+from heads.collectives import Ranks, gather_batch, together
 from heads.counter import STREAM_ROUNDING, row_keys
 from heads.gates import GateSpec
 from heads.host_rows import HostRows
@@ -20,7 +20,7 @@ from heads.kernel_choice import choose_kernels
 from heads.mapped_rows import MappedRows
 from heads.margin import Margin
 from heads.optimizers import SGD, FusedSteps, RowOptimizer
-from heads.partition import ClassRange, class_range
+from heads.partition import class_range
 from heads.passes import Pass, backward_pass, forward_pass
 from heads.shard import Shard, TileGradient
 from heads.stores import DeviceRows, Rows, RowStore
@@ -39,8 +39,7 @@ class ShardedMarginHead(nn.Module):
 
     Rules of the fused step:
     - it is taken with the incoming gradient of the loss (its mean over the ranks), divided by `unscale()`
-    where
-      that is set; set it to `GradScaler.get_scale` under an fp16 scaler;
+      where that is set; set it to `GradScaler.get_scale` under an fp16 scaler;
     - it is skipped on every rank where the incoming gradient or the loss isn't finite on any: the centres and
       their optimiser stay as they are, the features get NaN gradients (so a scaler skips its own step too),
       and `skipped` counts it;
@@ -53,23 +52,21 @@ class ShardedMarginHead(nn.Module):
     Args:
         num_classes: C, of all ranks together.
         dim: D.
-        margin: `Margin`, or a callable from feature norms [B] to (m1, m2, m3), such as `AdaFace` and
-        `MagFace`.
+        margin: `Margin`, or a callable from feature norms [B] to (m1, m2, m3), such as `AdaFace`
+            and `MagFace`.
         scale: s, the inverse temperature of the cosine logits.
         active: None for the full softmax, or a gate: `sampled(...)`, `clustered(...)`, `hashed(...)`.
         storage: dtype of the centres and their moments. bfloat16 is rounded stochastically.
-        optimizer: `SGD`, `RowwiseAdagrad` or `Adam`, fused into backward; or None, and `head.weight` [n, D]
-        is an
-            ordinary parameter for any torch optimiser (its gradient is then n x D).
+        optimizer: `SGD`, `RowwiseAdagrad` or `Adam`, fused into backward; or None, and `head.weight`
+            [n, D] is an ordinary parameter for any torch optimiser (its gradient is then n x D).
         normalized: False for the plain softmax x.w*scale, which takes no margin.
         seed: of the initial centres, the sampling and the rounding, all functions of (seed, step, class id).
         tile: K, classes at a time.
         init_std: standard deviation of the initial centres.
-        place: "device"; "host", with a cache of `host_cache` hot rows on the device; or a folder for memory-
-        mapped
-            files, which may be larger than RAM.
-        compiled: fuse the elementwise passes with torch.compile; eager, with a warning, where that doesn't
-        work.
+        place: "device"; "host", with a cache of `host_cache` hot rows on the device; or a folder for
+            memory-mapped files, which may be larger than RAM.
+        compiled: fuse the elementwise passes with torch.compile; eager, with a warning, where that
+            doesn't work.
         device: where the work is done.
 
     Raises:
@@ -105,21 +102,13 @@ class ShardedMarginHead(nn.Module):
         where = torch.device(device)
         settings = torch.tensor([num_classes, dim, seed], device=where)
         self.ranks.agree("(num_classes, dim, seed)", settings)
-        classes = class_range(num_classes, self.ranks.rank, self.ranks.size)
-        dtype = STORAGE[storage]
-        acc = torch.float64 if dtype == torch.float64 else torch.float32
-        wide = ("weight", *(optimizer.wide if optimizer else ()))
-        narrow = {
-            name: torch.zeros(len(classes), dtype=kind or acc, device=where)
-            for name, kind in (optimizer.narrow if optimizer else {}).items()
-        }
-        store = _store(place, wide, classes, dim, dtype, where, host_cache)
-        inverse_norm = torch.ones(len(classes), dtype=acc, device=where)
-        chosen = choose_kernels(compiled, where)
-        self.shard = Shard(classes, store, dtype, inverse_norm, narrow, scale, normalized, tile, chosen, seed)
-        if isinstance(optimizer, SGD) and optimizer.dense:
-            self.shard.history = StepHistory(optimizer.momentum, optimizer.weight_decay)
-            self.shard.last_step = torch.zeros(len(classes), dtype=torch.int32, device=where)
+        with together(self.ranks, "placing the centres"):
+            self.shard = _build_shard(
+                self.ranks, num_classes, dim, STORAGE[storage], optimizer, place, host_cache, where
+            )
+        self.shard.scale, self.shard.normalized = scale, normalized
+        self.shard.tile, self.shard.seed = tile, seed
+        self.shard.kernels = choose_kernels(compiled, where)
         self.step = 0
         self.skipped = 0
         self.unscale: Callable[[], float] | None = None
@@ -129,7 +118,7 @@ class ShardedMarginHead(nn.Module):
         self.weight: nn.Parameter | None = None
         self.optimizer: FusedSteps | None = None
         if optimizer is None:
-            self.weight = nn.Parameter(store.whole("weight"))
+            self.weight = nn.Parameter(self.shard.store.whole("weight"))
         else:
             self.optimizer = FusedSteps(self._anchor, optimizer.lr)
         self.gate = None if active is None else active.build(self.shard, self.ranks, seed)
@@ -190,7 +179,7 @@ class ShardedMarginHead(nn.Module):
             forward_pass(self.shard, self.ranks, self.margin, gate, batch, self.step, self._version)[1]
             for gate in (self.gate, None)
         )
-        return -torch.expm1((gated.lse - whole.lse).clamp_max(0.0))[whole.valid]
+        return torch.expm1((gated.lse - whole.lse).clamp_max(0.0)).abs()[whole.valid]
 
     def _run_forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Pass]:
         batch = gather_batch(self.ranks, features, labels, self.dim, self.num_classes)
@@ -300,21 +289,35 @@ def _arguments(names: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in names.items() if name not in ("self", "__class__")}
 
 
-def _store(
-    place: str | Path,
-    names: tuple[str, ...],
-    classes: ClassRange,
+def _build_shard(
+    ranks: Ranks,
+    num_classes: int,
     dim: int,
     dtype: torch.dtype,
-    device: torch.device,
+    rule: RowOptimizer | None,
+    place: str | Path,
     host_cache: int,
-) -> RowStore:
-    shape = (len(classes), dim)
+    device: torch.device,
+) -> Shard:
+    """This rank's rows, still zero, in their place, with the columns of the optimiser."""
+    classes = class_range(num_classes, ranks.rank, ranks.size)
+    n, shape = len(classes), (len(classes), dim)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = ("weight", *(rule.wide if rule else ()))
+    kinds = rule.narrow if rule else {}
+    store: RowStore
     if place == "device":
-        return DeviceRows(names, shape, dtype, device)
-    if place == "host":
-        return HostRows(names, shape, dtype, device, host_cache)
-    return MappedRows(names, shape, dtype, device, Path(place), classes.rank, classes.size)
+        store = DeviceRows(wide, shape, dtype, device)
+    elif place == "host":
+        store = HostRows(wide, shape, dtype, device, host_cache)
+    else:
+        store = MappedRows(wide, shape, dtype, device, Path(place), ranks.rank, ranks.size)
+    narrow = {name: torch.zeros(n, dtype=kind or acc, device=device) for name, kind in kinds.items()}
+    shard = Shard(classes, store, dtype, torch.ones(n, dtype=acc, device=device), narrow)
+    if isinstance(rule, SGD) and rule.dense:
+        shard.history = StepHistory(rule.momentum, rule.weight_decay)
+        shard.last_step = torch.zeros(n, dtype=torch.int32, device=device)
+    return shard
 
 
 class _ShardedSoftmax(torch.autograd.Function):

@@ -106,7 +106,7 @@ class MappedRows:
 
 def _map(path: Path, size: int) -> mmap.mmap:
     with path.open("w+b") as file:
-        file.truncate(size)
+        os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills up later would kill the process
         return mmap.mmap(file.fileno(), size)
 
 

@@ -73,11 +73,11 @@ class Shard:
     dtype: torch.dtype
     inverse_norm: Tensor
     narrow: dict[str, Tensor]
-    scale: float
-    normalized: bool
-    tile: int
-    kernels: Kernels
-    seed: int
+    scale: float = 64.0
+    normalized: bool = True
+    tile: int = 4096
+    seed: int = 0
+    kernels: Kernels = field(default_factory=Kernels)
     history: StepHistory | None = None
     last_step: Tensor | None = None
     workspace: Workspace = field(default_factory=Workspace)
