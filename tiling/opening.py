@@ -109,7 +109,7 @@ def _at_resolution(
     if isinstance(source, GdalSource):
         return GdalSource(tuple(replace(part, target=target) for part in source.parts))
     if isinstance(source, ZarrSource):
-        source = source.coarser(min(x / size_x, y / size_y))
+        source = source.coarser(min(x / size_x, y / size_y), method.name)
     return ResampledSource(source, target)
 
 

@@ -109,7 +109,8 @@ def not_missing(data: Array, nodata: tuple[float | None, ...]) -> NDArray[np.boo
 def holds(dtype: np.dtype[Any], value: float) -> bool:
     """Whether a pixel of `dtype` can have this value (floats may round it)."""
     if np.issubdtype(dtype, np.floating):
-        return bool(not np.isfinite(value) or abs(value) <= np.finfo(dtype).max)
+        with np.errstate(over="ignore"):
+            return bool(not np.isfinite(value) or np.isfinite(np.float64(value).astype(dtype)))
     if dtype.kind == "b":
         return value in (0, 1)
     info = np.iinfo(dtype)

@@ -51,15 +51,21 @@ class ZarrSource:
         """Whether the store has a mask."""
         return ZarrHandle(self).mask is not None
 
-    def coarser(self, factor: float) -> ZarrSource:
-        """The coarsest level of the pyramid whose pixels are at most `factor` times as large as level 0's."""
+    def coarser(self, factor: float, method: str) -> ZarrSource:
+        """The coarsest level of a pyramid made by `method` with pixels at most `factor` times as large.
+
+        Averages of averages and votes on votes go on as one would from the finest level; nothing else does.
+        """
         import zarr
 
         node = zarr.open(self.path, mode="r")
-        level = int(self.level) if self.level.isdigit() else 0
-        while isinstance(node, zarr.Group) and 2 ** (level + 1) <= factor and str(level + 1) in node:
+        made: Any = node.attrs.get("multiscales")
+        if not isinstance(node, zarr.Group) or not made or method not in ("average", "mode"):
+            return self
+        level = 0
+        while 2 ** (level + 1) <= factor and str(level + 1) in node:
             level += 1
-        return ZarrSource(self.path, str(level)) if level else self
+        return ZarrSource(self.path, str(level)) if made.get("resampling_method") == method else self
 
     def open(self) -> Handle:
         """Open the store."""

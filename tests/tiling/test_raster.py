@@ -204,6 +204,14 @@ def test_nan_never_counts_as_data(write_tif, noise, nodata: float | None) -> Non
     assert raster.mask()[0, :4].tolist() == [False, True, nodata != -9999, True]
 
 
+@pytest.mark.parametrize("nodata", [-3.4028235e38, 0.1])
+def test_nodata_values_that_float32_rounds_are_found(write_tif, noise, nodata: float) -> None:
+    data = noise(1, dtype="float32")
+    data[0, 5, 6] = nodata
+    raster = open_raster(write_tif(data, nodata=nodata))
+    assert np.argwhere(~raster.mask()).tolist() == [[5, 6]]
+
+
 def test_mask_by_per_dataset_mask(write_tif, noise) -> None:
     shown = np.zeros((70, 90), bool)
     shown[10:60, 20:] = True

@@ -235,6 +235,13 @@ def test_coarse_views_of_a_store_read_its_pyramid(write_tif, noise, tmp_path) ->
     assert np.abs(third[:, :366] - exact).mean() < 12 and np.abs((third[:, :366] - exact).mean()) < 0.5
 
 
+def test_nearest_pixels_of_a_store_are_pixels_of_it_and_not_averages(write_tif, tmp_path) -> None:
+    classes = np.random.default_rng(0).choice([0, 9], (1, 1024, 1024)).astype("uint8")
+    store = to_zarr(open_raster(write_tif(classes)), tmp_path / "s.zarr")  # its pyramid averages
+    assert set(np.unique(open_raster(store.name, resolution=40).read())) == {0, 9}
+    assert set(np.unique(open_raster(store.name, resolution=40, resampling="mode").read())) == {0, 9}
+
+
 def test_resampling_piece_by_piece_gives_the_same(write_tif, noise, tmp_path, monkeypatch) -> None:
     store = to_zarr(open_raster(write_tif(noise(2, 120, 90))), tmp_path / "s.zarr")
     raster = open_raster(store.name, resolution=15, resampling="bilinear")
