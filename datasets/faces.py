@@ -7,7 +7,6 @@ synthetic:COUNT[xN]     COUNT identities, N images each (16), generated
 ...@24:40               only the identities 24 <= label < 40, renumbered from 0
 """
 
-import os
 import re
 from pathlib import Path
 
@@ -29,33 +28,38 @@ class FolderFaces:
         self.root = Path(root)
         if not self.root.is_dir():
             raise ValueError(f"{self.root} is not a folder of identities")
-        self.paths: list[Path] = []
+        self._files: list[str] = []  # names only: a path object an image would be gigabytes in large sets
         self.names: list[str] = []
         labels: list[int] = []
         for folder in sorted(entry for entry in self.root.iterdir() if entry.is_dir()):
-            images = sorted(image for image in folder.iterdir() if image.suffix.lower() in IMAGE_SUFFIXES)
+            images = sorted(
+                image.name for image in folder.iterdir() if image.suffix.lower() in IMAGE_SUFFIXES
+            )
             if images:
                 labels += [len(self.names)] * len(images)
-                self.paths += images
+                self._files += images
                 self.names.append(folder.name)
-        if not self.paths:
+        if not self._files:
             raise ValueError(f"{self.root} is empty: no image in any of its folders (one folder an identity)")
         self._labels = np.array(labels, np.int64)
         self.num_classes = len(self.names)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self._files)
 
     def labels(self) -> np.ndarray:
         """Labels int64 of all positions."""
         return self._labels
 
+    def name(self, index: int) -> str:
+        """Path of one position's image, relative to the root."""
+        return f"{self.names[self._labels[index]]}/{self._files[index]}"
+
     def read(self, index: int) -> tuple[np.ndarray, int]:
         """Image uint8 [H, W, 3] and label of one position; raises `DamagedRecordError`."""
-        path = self.paths[index]
-        name = os.fspath(path.relative_to(self.root))
+        name = self.name(index)
         try:
-            data = path.read_bytes()
+            data = (self.root / name).read_bytes()
         except OSError as error:
             raise DamagedRecordError(name, f"cannot be read: {error.strerror}") from error
         return decode_image(data, name), int(self._labels[index])

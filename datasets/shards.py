@@ -23,7 +23,6 @@ from datasets.face_images import IMAGE_SUFFIXES, DamagedRecordError, decode_imag
 
 @dataclass(frozen=True)
 class _Member:
-    name: str
     offset: int
     size: int
 
@@ -64,11 +63,9 @@ class TarFaces:
 
     def __init__(self, pattern: str) -> None:
         self.paths = expand_shards(pattern)
-        self._names: list[str] = []
         places: list[tuple[int, int, int, int]] = []
         for number, path in enumerate(self.paths):
             for image, label in _samples(path):
-                self._names.append(image.name)
                 places.append((number, image.offset, image.size, label))
         if not places:
             raise ValueError(f"no image in {len(self.paths)} tar shards of {pattern}")
@@ -91,12 +88,14 @@ class TarFaces:
     def read(self, index: int) -> tuple[np.ndarray, int]:
         """Image uint8 [H, W, 3] and label of one position; raises `DamagedRecordError`."""
         shard, offset, size, label = (int(value) for value in self._places[index])
-        name = f"{self.paths[shard].name}/{self._names[index]}"
-        if label < 0:
-            raise DamagedRecordError(name, "no readable label beside it")
         handle = self._handles.get((os.getpid(), shard))
         if handle is None:
             handle = self._handles[os.getpid(), shard] = self.paths[shard].open("rb", buffering=0)
+        # The name stands in the header before the image: kept there, it costs no memory.
+        entry = os.pread(handle.fileno(), 100, offset - tarfile.BLOCKSIZE).split(b"\0")[0]
+        name = f"{self.paths[shard].name}/{entry.decode(errors='replace')}"
+        if label < 0:
+            raise DamagedRecordError(name, "no readable label beside it")
         return decode_image(os.pread(handle.fileno(), size, offset), name), label
 
 
@@ -118,7 +117,7 @@ def _samples(path: Path) -> Iterator[tuple[_Member, int]]:
                 stem, _, extension = file.partition(".")
                 key = f"{folder}/{stem}"
                 if f".{extension.lower()}" in IMAGE_SUFFIXES:
-                    images[key] = _Member(entry.name, entry.offset_data, entry.size)
+                    images[key] = _Member(entry.offset_data, entry.size)
                 elif extension in ("cls", "json"):
                     handle = shard.extractfile(entry)
                     labels.setdefault(key, _label(handle.read() if handle else b"", extension))

@@ -34,6 +34,7 @@ from datasets.faces import FolderFaces, open_faces
 
 # A detector takes an image uint8 [H, W, 3] and returns the five landmarks float [F, 5, 2] of the faces in it.
 Detector = Callable[[np.ndarray], np.ndarray]
+FACES_AT_ONCE = 256  # searched in one pass over the gallery
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Aligned:
 
     def read(self, index: int) -> tuple[np.ndarray, int]:
         """Aligned image uint8 [S, S, 3] and label; an image without landmarks is a damaged record."""
-        name = self.source.paths[index].relative_to(self.source.root).as_posix()
+        name = self.source.name(index)
         if name not in self.landmarks:
             raise DamagedRecordError(name, "no landmarks for it")
         image, label = self.source.read(index)
@@ -166,48 +167,59 @@ def identify(
     find = None if detector is None else load_detector(detector)
     known = None if landmarks is None else read_landmarks(landmarks)
     results: list[Identified] = []
+    pending: list[_Face] = []
     damaged: list[str] = []
     for path in paths:
         try:
-            faces = _faces(path, embedder.image_size, known, find)
+            pending += _faces(path, embedder.image_size, known, find)
         except (DamagedRecordError, ValueError) as error:
             damaged.append(f"{path}: {error}" if str(path) not in str(error) else str(error))
-            continue
-        results += [_named(path, face, places, embedder, gallery, k) for face, places in faces]
-    return results, damaged
+        if len(pending) >= FACES_AT_ONCE:
+            results += _named(pending, embedder, gallery, k)
+            pending = []
+    return results + _named(pending, embedder, gallery, k), damaged
 
 
-def _faces(
-    path: Path, size: int, known: dict[str, np.ndarray] | None, find: Detector | None
-) -> list[tuple[np.ndarray, np.ndarray | None]]:
+@dataclass(frozen=True)
+class _Face:
+    image: str
+    pixels: np.ndarray  # uint8 [S, S, 3]
+    landmarks: np.ndarray | None
+
+
+def _faces(path: Path, size: int, known: dict[str, np.ndarray] | None, find: Detector | None) -> list[_Face]:
     """Aligned faces of a picture with the landmarks they were aligned by."""
     image = decode_image(path.read_bytes(), str(path))
     if find is not None:
         found = np.asarray(find(image), float).reshape(-1, 5, 2)
-        return [(align_face(image, points, size), points) for points in found]
+        return [_Face(str(path), align_face(image, points, size), points) for points in found]
     if known is not None:
         points = known.get(str(path), known.get(path.name))
         if points is None:
             raise DamagedRecordError(str(path), "no landmarks for it")
-        return [(align_face(image, points, size), points)]
-    return [(fit_square(image, size), None)]
+        return [_Face(str(path), align_face(image, points, size), points)]
+    return [_Face(str(path), fit_square(image, size), None)]
 
 
-def _named(
-    path: Path, face: np.ndarray, places: np.ndarray | None, embedder: Embedder, gallery: Gallery, k: int
-) -> Identified:
-    pixels = torch.from_numpy(np.ascontiguousarray(face.transpose(2, 0, 1)))[None]
+def _named(faces: list[_Face], embedder: Embedder, gallery: Gallery, k: int) -> list[Identified]:
+    """Search the gallery once for a number of faces."""
+    if not faces:
+        return []
     embedder.model.eval()
+    pixels = torch.from_numpy(np.stack([face.pixels for face in faces]).transpose(0, 3, 1, 2).copy())
+    rows = np.concatenate([embedder.images(part) for part in pixels.split(embedder.batch_size)])
     # One identity may fill several rows of a gallery of images: look further, then keep the first of each.
-    wanted = min(len(gallery.embeddings), k if len(gallery.embeddings) == len(gallery.names) else 20 * k)
-    found = nearest(embedder.images(pixels), gallery.embeddings, wanted)
-    best: dict[int, float] = {}
-    for row, cosine in zip(found.rows[0], found.cosines[0], strict=True):
-        best.setdefault(int(gallery.labels[row]), float(cosine))
-    names = [gallery.names[label] for label in best][:k]
-    return Identified(
-        str(path), names, list(best.values())[:k], None if places is None else places.round(2).tolist()
-    )
+    single = len(gallery.embeddings) == len(gallery.names)
+    found = nearest(rows, gallery.embeddings, min(len(gallery.embeddings), k if single else 20 * k))
+    results = []
+    for face, places, cosines in zip(faces, found.rows, found.cosines, strict=True):
+        best: dict[int, float] = {}
+        for row, cosine in zip(places, cosines, strict=True):
+            best.setdefault(int(gallery.labels[row]), float(cosine))
+        names = [gallery.names[label] for label in best][:k]
+        points = None if face.landmarks is None else face.landmarks.round(2).tolist()
+        results.append(Identified(face.image, names, list(best.values())[:k], points))
+    return results
 
 
 def _image_paths(given: Path) -> list[Path]:

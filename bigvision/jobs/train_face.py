@@ -28,7 +28,7 @@ from bigvision.jobs.faces.agreement import FaceJobError, World, world_of_torchru
 from bigvision.jobs.faces.centres import take_centres
 from bigvision.jobs.faces.curves import Curves, Point, Score
 from bigvision.jobs.faces.embed import Embedder
-from bigvision.jobs.faces.evaluation import evaluate_source, open_evaluation
+from bigvision.jobs.faces.evaluation import open_evaluation, verify_source
 from bigvision.jobs.faces.options import DTYPES, TrainOptions, parse
 from bigvision.jobs.faces.plan import Plan, make_plan
 from bigvision.jobs.faces.report import Reporter
@@ -115,7 +115,13 @@ def _starting_point(options: TrainOptions) -> Path | None:
         raise ValueError(f"{options.out} holds a run up to {found[-1].name}: --resume auto, or another --out")
     if options.resume == "none" or (options.resume == "auto" and not found):
         return None
-    return found[-1] if options.resume == "auto" else Path(options.resume)
+    if options.resume == "auto":
+        return found[-1]
+    chosen = Path(options.resume)
+    later = [path.name for path in found if path.name > chosen.name]
+    if later:  # going on from here would mix two runs: a restart would take the other one's
+        raise ValueError(f"{options.out} holds later checkpoints ({', '.join(later)}): choose another --out")
+    return chosen
 
 
 def _build(options: TrainOptions, plan: Plan, world: World) -> checkpoint.Training:
@@ -226,7 +232,7 @@ def _evaluate(run: Run, step: int, curves: Curves | None, reporter: Reporter) ->
     )
     for spec, source in run.evaluations.items():
         with run.world.together(f"evaluating {spec}"):
-            found = evaluate_source(embedder, source, spec, run.world).verification
+            found = verify_source(embedder, source, spec, run.world).verification
         tar = found.tar_at_far.get(1e-3, nan)
         if curves is not None:
             curves.add(Score(step, spec, found.accuracy, found.spread, found.threshold, tar))

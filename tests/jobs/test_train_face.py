@@ -152,6 +152,11 @@ def test_a_run_that_exists_is_not_overwritten(finished: Path) -> None:
     assert "holds a run up to step-00000008: --resume auto" in message
 
 
+def test_two_runs_are_not_mixed(finished: Path) -> None:
+    (message,) = run(1, finished, resume=str(finished / "checkpoints" / "step-00000004"))
+    assert "holds later checkpoints (step-00000008)" in message
+
+
 def test_a_process_killed_while_saving_loses_nothing(tmp_path: Path) -> None:
     def kill_at_the_second(rank: int) -> None:
         original, count = checkpoint._save_backbone, iter(range(9))

@@ -71,12 +71,12 @@ def save(
         if world.leads:
             _save_backbone(partial, training, Position(step, settings, training.scaler.state_dict()))
             _flush(partial)
-            if final.exists():
-                shutil.rmtree(final)
             partial.rename(final)
             _flush_folder(folder)
             for old in checkpoints(folder)[:-keep]:
-                shutil.rmtree(old)
+                going = folder / f"partial-{old.name}"  # half deleted, it must not look complete
+                old.rename(going)
+                shutil.rmtree(going)
     return final
 
 

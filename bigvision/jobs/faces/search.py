@@ -13,7 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TILE = 65536
+TILE = 65536  # gallery rows at most
+CELLS = (
+    1 << 26
+)  # cosines at most: fewer rows for more probes, so that memory is bounded and one reading enough
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ def nearest(probes: np.ndarray, gallery: np.ndarray, k: int, *, tile: int = TILE
         raise ValueError(f"{k} neighbours out of a gallery of {len(gallery)}")
     best = torch.full((len(probes), 0), -2.0)
     rows = torch.empty((len(probes), 0), dtype=torch.int64)
-    for start, cosines in tiles_of_cosines(probes, gallery, tile):
+    rows_at_once = min(tile, max(1, CELLS // max(1, len(probes))))
+    for start, cosines in tiles_of_cosines(probes, gallery, rows_at_once):
         here = torch.arange(start, start + cosines.shape[1]).expand_as(cosines)
         best, rows = _best_of(torch.cat([best, cosines], 1), torch.cat([rows, here], 1), k)
     return Neighbours(best.numpy(), rows.numpy())
