@@ -237,7 +237,7 @@ def _back_through_output(scene: Scene, held: Held, tally: _Tally, gradients: Gra
     walk, plan = scene.program.passes[index], scene.schedules[index]
 
     def add(done: StepResult) -> None:
-        counted = scene.counted(done)
+        counted = None if done.output is None else scene.counted(done.output, done.row)
         if counted is not None:
             sums = scene.loss.sums(*counted)
             _require_finite(sums, f"the loss of output rows {done.row}..{done.row + counted[0].shape[-2]}")
@@ -247,14 +247,17 @@ def _back_through_output(scene: Scene, held: Held, tally: _Tally, gradients: Gra
         walk_down(scene, index, held, stack, add)
         value, seeds = _differentiated_loss(scene, tally)
 
-        def seeded(done: StepResult) -> Seeded:
-            counted = scene.counted(done)
-            if counted is None:
-                return []
-            return list(zip(pytree.tree_leaves(scene.loss.sums(*counted)), seeds, strict=True))
+        def seed(y: Tensor, row: int) -> Tensor | None:
+            y = y.detach().requires_grad_()
+            with torch.enable_grad():
+                counted = scene.counted(y, row)
+                if counted is None:
+                    return None
+                sums = pytree.tree_leaves(scene.loss.sums(*counted))
+            return differentiate(list(zip(sums, seeds, strict=True)), {"y": y}).get("y")
 
         leaves = leaves_of(held, scene.active)
-        taped = TapedWalk(walk, plan, leaves, {}, {}, seeded, scene.active)
+        taped = TapedWalk(walk, plan, leaves, {}, {}, seed, scene.active)
         walk_up(scene, index, taped, held, stack, gradients)
     return value
 
@@ -330,7 +333,7 @@ def _back_through_statistics(
     with StateStack(scene.plans[index].on_disk, scene.scratch) as stack:
         walk_down(scene, index, held, stack, None)
         leaves = leaves_of(held, scene.active)
-        taped = TapedWalk(walk, plan, leaves, sums, seeds, lambda done: [], scene.active)
+        taped = TapedWalk(walk, plan, leaves, sums, seeds, lambda y, row: None, scene.active)
         walk_up(scene, index, taped, held, stack, gradients)
 
 

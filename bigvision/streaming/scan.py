@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from bigvision.graph.trace import result_shape
 from bigvision.streaming.kernels import Span
 from bigvision.streaming.program import Pass, Stage
 from bigvision.streaming.schedule import Schedule
@@ -66,7 +67,7 @@ def step(
         a, b = int(plan.made[node][t]), int(plan.made[node][t + 1])
         if a == b:
             continue
-        rows = image if stage is walk.stages[0] else _compute(stage, a, b, before, current, held)
+        rows = image if stage is walk.stages[0] else _compute(stage, a, b, before, current, held, image)
         for one in walk.statistics:
             if one.source is node:
                 sums[one.node] = (
@@ -88,19 +89,27 @@ def _compute(
     before: dict[fx.Node, int],
     current: dict[fx.Node, Any],
     held: dict[fx.Node, Any],
+    image: Tensor,
 ) -> Any:
     span = stage.span(a, b)
 
     def values(source: fx.Node) -> Any:
         if source not in stage.inputs:
             return held_rows(stage, span, held[source])
-        line = current[source]
+        line = current[source] if source in current else no_rows(source, stage.input_axis, image)
         if isinstance(line, tuple | list):  # an operator with several results, consumed row for row
             return line
         start, stop = span.read
         return line.narrow(stage.input_axis, start - before[source], stop - start)
 
     return stage.kernel(values, span)
+
+
+def no_rows(node: fx.Node, axis: int, like: Tensor) -> Tensor:
+    """A stage's rows where it has none: what padding alone is added to."""
+    shape = list(result_shape(node))
+    shape[axis] = 0
+    return like.new_empty(shape)
 
 
 def held_rows(stage: Stage, span: Span, value: Any) -> Any:

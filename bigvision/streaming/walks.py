@@ -41,12 +41,11 @@ class Scene:
         pace = self.schedules[index].made[self.program.passes[index].stages[0].node]
         return self.image.read(int(pace[t]), int(pace[t + 1]))
 
-    def counted(self, done: StepResult) -> tuple[Tensor, Tensor] | None:
-        """The output and truth of a step's rows that count; None where there are none."""
-        if done.output is None or done.row >= self.size[0]:
+    def counted(self, y: Tensor, row: int) -> tuple[Tensor, Tensor] | None:
+        """What counts of the output rows `y` from `row` on, and its truth; None where nothing does."""
+        if row >= self.size[0]:
             return None
-        y = done.output[..., : self.size[0] - done.row, : self.size[1]]
-        y, truth = self.target.select(y, done.row)
+        y, truth = self.target.select(y[..., : self.size[0] - row, : self.size[1]], row)
         return (y, truth) if truth.numel() else None
 
 
