@@ -54,9 +54,9 @@ class Canvas:
         self.logits[:, rows, cols] = logits
 
 
-def whole(network: torch.nn.Module, source: Memory) -> Tensor:
+def whole(network: torch.nn.Module, source: Memory, stride: int) -> Tensor:
     _, height, width = source.shape
-    padded = functional.pad(torch.from_numpy(source.pixels), (0, -width % 8, 0, -height % 8))
+    padded = functional.pad(torch.from_numpy(source.pixels), (0, -width % stride, 0, -height % stride))
     with torch.no_grad():
         return network(padded[None])[0, :, :height, :width]
 
@@ -81,7 +81,7 @@ def test_every_region_is_its_network_over_the_whole_scene(max_pixels: int) -> No
         block = router.score(box, canvas.emit)
         score[box.top : box.bottom, box.left : box.right] = block.score
         data[box.top : box.bottom, box.left : box.right] = block.data
-    cheap = whole(router.experts[CHEAP].module, source)
+    cheap = whole(router.experts[CHEAP].module, source, 1)
     doubt = entropy(cheap[None])[0]
     for r, c in np.ndindex(*router.grid):
         part = (slice(r * REGION, (r + 1) * REGION), slice(c * REGION, (c + 1) * REGION))
@@ -94,7 +94,7 @@ def test_every_region_is_its_network_over_the_whole_scene(max_pixels: int) -> No
     for rectangle in router.rectangles(expert == FULL, FULL):
         router.compute(FULL, rectangle, canvas.emit)
     chosen = torch.from_numpy(expert).repeat_interleave(REGION, 0).repeat_interleave(REGION, 1)[:75, :90]
-    expected = torch.where(chosen == FULL, whole(router.experts[FULL].module, source), cheap)
+    expected = torch.where(chosen == FULL, whole(router.experts[FULL].module, source, 8), cheap)
     expected = torch.where(chosen < 0, torch.nan, expected)
     assert torch.allclose(canvas.logits, expected, atol=1e-4, equal_nan=True)
     plan = router.plan(expert)

@@ -1,0 +1,251 @@
+"""What routing saves: the curve from 5 % to 100 % of the regions in full, compact and scattered, and more.
+
+    python benchmarks/routing.py                  # minutes: a scene of 2048 x 2048
+    python benchmarks/routing.py --full-size      # 8192 x 8192, as the README's figures
+
+Every ratio is of times taken in turn in one run; medians where a thing runs more than once.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import segmentation_models_pytorch as smp
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from bigvision.gating import Gate
+from bigvision.jobs.process.folding import fold_batch_norms
+from bigvision.models.small_unet import small_unet
+from bigvision.routing import RegionRouter, Skip, seconds
+from bigvision.routing.route_file import RouteSpec
+from bigvision.routing.scene import CHEAP, FULL, SceneRouter
+from bigvision.routing.temporal import TemporalRouter, changed_pixels
+from tiling import open_raster
+
+REGION = 512
+SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
+
+
+class Noise:
+    """A scene of random pixels, all with data."""
+
+    def __init__(self, side: int) -> None:
+        self.pixels = np.random.default_rng(0).normal(size=(4, side, side)).astype(np.float32)
+        self.shape = self.pixels.shape
+
+    def read(self, window):  # type: ignore[no-untyped-def]
+        rows, cols = window.toslices()
+        return self.pixels[:, rows, cols], np.ones((window.height, window.width), bool)
+
+
+class Told(nn.Module):
+    """A scorer of the logits that it holds."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits
+
+
+def compact(rows: int, cols: int, share: float) -> NDArray[np.bool_]:
+    """Square patches of at least 2 x 2 regions, one in each quarter where that gives such."""
+    mask = np.zeros((rows, cols), bool)
+    want = round(share * rows * cols)
+    parts = 2 if want >= 16 else 1
+    side = max(round((want / parts**2) ** 0.5), 1)
+    for r in range(parts):
+        for c in range(parts):
+            top, left = r * rows // parts, c * cols // parts
+            mask[top : min(top + side, rows), left : min(left + side, cols)] = True
+    return mask if share < 1 else np.ones_like(mask)
+
+
+def scattered(rows: int, cols: int, share: float) -> NDArray[np.bool_]:
+    """As many regions anywhere."""
+    order = np.random.default_rng(1).permutation(rows * cols)
+    return (order < round(share * rows * cols)).reshape(rows, cols)
+
+
+def networks(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """Unet-resnet18 and a small U-Net, folded."""
+    torch.manual_seed(0)
+    full = smp.Unet("resnet18", encoder_weights=None, in_channels=4, classes=8).eval()
+    cheap = small_unet(4, 8, width=8).eval()
+    for network in (full, cheap):
+        fold_batch_norms(network, torch.randn(1, 4, 128, 128))
+        network.to(dtype=dtype, memory_format=torch.channels_last)
+    return cheap, full
+
+
+def nothing(*_: object) -> None:
+    """Results go nowhere: only computing is timed."""
+
+
+def run(router: SceneRouter, mask: NDArray[np.bool_]) -> float:
+    """Seconds of the cheap network everywhere but where all is full, and the full one on the mask."""
+    begun = time.perf_counter()
+    for box in router.blocks():
+        if not mask.all():
+            router.score(box, nothing)
+    for rectangle in router.rectangles(mask, FULL):
+        router.compute(FULL, rectangle, nothing)
+    return time.perf_counter() - begun
+
+
+def scene_curve(side: int, dtype: torch.dtype, max_side: int) -> None:
+    """All-full against routed scenes, end to end from pixels in memory."""
+    cheap, full = networks(dtype)
+    spec = RouteSpec("benchmark", region=REGION)
+    router = SceneRouter(Noise(side), cheap, full, spec, max_pixels=max_side**2, dtype=dtype)
+    router.trace()
+    rows, cols = router.grid
+    shown = {int(f * 100): f for f in SHARES}
+    print(f"\nScene of {side} x {side}, regions of {REGION}, {dtype}, rectangles of at most {max_side} px")
+    everything = np.ones((rows, cols), bool)
+    router.compute(FULL, router.rectangles(everything, FULL)[0], nothing)  # warms up
+    dense = run(router, everything)
+    print(f"all full: {dense:.1f} s, {side * side / dense / 1e6:.2f} Mpx/s")
+    print(
+        f"{'in full':>8} {'layout':>10} {'regions':>8} {'rectangles':>10} {'seconds':>8} {'faster':>7} {'FLOPs':>6}"
+    )
+    for layout in (compact, scattered):
+        for share in shown.values():
+            if share == 1 or (layout is scattered and share not in (0.05, 0.25, 0.5)):
+                continue
+            mask = layout(rows, cols, share)
+            took = run(router, mask)
+            plan = router.plan(np.where(mask, FULL, CHEAP).astype(np.int16))
+            print(
+                f"{mask.mean():8.0%} {layout.__name__:>10} {mask.sum():8d} "
+                f"{len(router.rectangles(mask, FULL)):10d} {took:8.1f} {dense / took:6.2f}x {plan.share:6.0%}"
+            )
+
+
+def routed_block(dtype: torch.dtype) -> None:
+    """A block inside a network: regions of 32 x 32 cells, the halo of one convolution, against dense."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()).eval()
+    block.to(dtype=dtype, memory_format=torch.channels_last)
+    x = torch.randn(1, 64, 512, 512).to(dtype=dtype, memory_format=torch.channels_last)
+    side = 512 // 32
+    print(f"\nRouted block: 64 channels, {side} x {side} regions of 32 x 32 cells, {dtype}")
+    print(f"{'in full':>8} {'layout':>10} {'ms':>8} {'dense ms':>9} {'faster':>7}")
+    for layout in (compact, scattered):
+        for share in SHARES:
+            mask = torch.from_numpy(layout(side, side, share)).flatten()
+            gate = Gate(Told(torch.stack([~mask, mask], 1).float() * 4), straight=True)
+            skip = Skip(64).to(dtype)
+            router = RegionRouter(gate, {"skip": skip, "full": block}, 32, features=nothing_seen)
+            with torch.no_grad():
+                decision = router.decide(x)
+                router.compute(x, decision)
+                took = seconds(lambda r=router, d=decision: r.compute(x, d), repeats=7)
+                dense = seconds(lambda: block(x), repeats=7)
+            print(
+                f"{share:8.0%} {layout.__name__:>10} {took * 1e3:8.1f} {dense * 1e3:9.1f} {dense / took:6.2f}x"
+            )
+    with torch.no_grad():
+        moved(x, block)
+
+
+def nothing_seen(x: Tensor, region: int) -> Tensor:
+    """Features of a gate that is told."""
+    return x.new_zeros(len(x) * -(-x.shape[-2] // region) * -(-x.shape[-1] // region), 1)
+
+
+class Identity(nn.Module):
+    """An expert that only passes on, so that all time is dispatch and combine."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+
+def moved(x: Tensor, block: nn.Module) -> None:
+    """Deciding, cutting and pasting 25 % of the regions, against the dense expert (four convolutions)."""
+    side = x.shape[-1] // 32
+    mask = torch.from_numpy(compact(side, side, 0.25)).flatten()
+    gate = Gate(Told(torch.stack([~mask, mask], 1).float() * 4), straight=True)
+    skip = Skip(64).to(x.dtype)
+    router = RegionRouter(gate, {"skip": skip, "full": Identity()}, 32, channels=64, features=nothing_seen)
+    decision = router.decide(x)
+    took = seconds(lambda: router.compute(x, decision), repeats=7)
+    dense = seconds(lambda: block(block(block(block(x)))), repeats=3)
+    print(
+        f"dispatch and combine of 25 %: {took * 1e3:.1f} ms, {took / dense:.1%} of a dense expert of four "
+        f"convolutions ({dense * 1e3:.1f} ms)"
+    )
+
+
+def revisits(folder: Path) -> None:
+    """The NAIP dates: an identical revisit, one changed patch, and real ones."""
+    torch.manual_seed(0)
+    network = small_unet(4, 5, width=32).eval()
+    router = TemporalRouter(network, 4, 64, made_by="benchmark")
+    print("\nRevisits of the NAIP scenes: regions of 64 px, a small U-Net of width 32")
+
+    def image(year: int) -> Tensor:
+        (path,) = folder.glob(f"*_{year}*.tif")
+        return torch.from_numpy(open_raster(path).read().astype(np.float32) / 255)
+
+    first = image(2012)
+    router(first)
+    clock: Callable[[Callable[[], object]], float] = lambda function: seconds(function, repeats=3)  # noqa: E731
+    everything = clock(lambda: router(first))
+    visit = router(first).visit
+    again = router(first.clone(), visit)
+    took = clock(lambda: router(first, visit))
+    print(
+        f"identical: {again.reused:.0%} reused, {everything / took:.0f}x faster ({everything:.2f} s, {took:.3f} s)"
+    )
+    patch = first.clone()
+    patch[:, 300:364, 400:464] = 1 - patch[:, 300:364, 400:464]
+    found, expected = router(patch, visit), router(patch).visit.output
+    same = torch.equal(found.visit.output, expected)
+    print(
+        f"one 64 x 64 patch changed: {int(found.recomputed.sum())} of {found.recomputed.size} regions "
+        f"recomputed, bit-identical: {same}"
+    )
+    for one, other in ((2012, 2015), (2017, 2018)):
+        before, later = router(image(one)).visit, image(other)
+        exact = router(later).visit.output
+        share = float(changed_pixels(later, before.image, 0.0).float().mean())
+        print(f"{one} -> {other}: {share:.1%} of the pixels differ")
+        for tolerance in (0.0, 0.1, 0.2, 0.3, 0.5, 0.7):
+            revisit = router(later, before, tolerance=tolerance)
+            wrong = float((revisit.visit.output.argmax(0) != exact.argmax(0)).float().mean())
+            print(
+                f"  tolerance {tolerance:.1f}: {1 - revisit.reused:4.0%} recomputed, {wrong:6.2%} of classes differ"
+            )
+
+
+def main() -> None:
+    """Print it all."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--full-size", action="store_true", help="a scene of 8192 x 8192")
+    parser.add_argument("--side", type=int, help="of the scene, instead")
+    parser.add_argument("--max-side", type=int, default=2048, help="of a rectangle computed at once")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--only", choices=("scene", "block", "revisits"))
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
+    naip = Path(__file__).parents[2] / "shared" / "data" / "rasters" / "naip"
+    if args.only in (None, "block"):
+        routed_block(dtype)
+    if args.only in (None, "scene"):
+        scene_curve(args.side or (8192 if args.full_size else 2048), dtype, args.max_side)
+    if args.only in (None, "revisits") and naip.is_dir():
+        revisits(naip)
+
+
+if __name__ == "__main__":
+    main()
