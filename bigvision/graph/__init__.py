@@ -7,6 +7,7 @@ cost(traced)                                 # parameters, FLOPs, activation byt
 
 from bigvision.graph.cost import Cost, OperatorCost, cost
 from bigvision.graph.flow import Flow, Layout, UnsupportedOperatorError, flows
+from bigvision.graph.fold import fold_batch_norm
 from bigvision.graph.geometry import Geometry, geometry, padded_size, trace_padded
 from bigvision.graph.trace import TracedGraph, UntraceableError, trace
 
@@ -21,6 +22,7 @@ __all__ = [
     "UntraceableError",
     "cost",
     "flows",
+    "fold_batch_norm",
     "geometry",
     "padded_size",
     "trace",

@@ -32,7 +32,7 @@ from bigvision.graph.resampling import Taps, area_taps, interpolate_columns, int
 from bigvision.graph.trace import operator_name, result_shape
 
 Values = Callable[[fx.Node], Any]
-"""Gives a kernel its inputs: the rows first..last (clipped to the image) of a streaming one, a held one whole."""
+"""Gives a kernel its inputs: of a streaming one the rows first..last, clipped to the image; a held one whole."""
 
 Kernel = Callable[[Values, "Span"], Any]
 
@@ -50,7 +50,7 @@ class Span:
     @property
     def above(self) -> int:
         """Padding rows that the window reads above the image."""
-        return max(0, -self.first)
+        return max(0, min(self.last, 0) - self.first)
 
     @property
     def below(self) -> int:

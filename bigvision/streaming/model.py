@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigvision.graph import trace_padded
+from bigvision.graph import fold_batch_norm, trace_padded
 from bigvision.streaming.backward import BackwardResult, Budget, backward
+from bigvision.streaming.forward import forward
 from bigvision.streaming.losses import Loss
 from bigvision.streaming.program import compile_program
-from bigvision.streaming.scan import step
-from bigvision.streaming.schedule import schedule
 from bigvision.streaming.source import ImageRows, RowSource
 
 
@@ -47,24 +46,13 @@ class StreamedModel:
 
     def stream(self, source: RowSource) -> Iterator[tuple[int, Tensor]]:
         """Yield (row, y): y [1, K, h, w] holds rows row .. row + h of the whole image's output, in order."""
-        program = self.program
+        program = compile_program(fold_batch_norm(self.program.traced))
         image = ImageRows(source, self.shape, program.traced.shape[1:], self.dtype, self.device)
-        held: dict[Any, Any] = program.finish({}, self._weights())
-        for walk in program.passes:
-            plan, lines = schedule(walk, self.rows), {}
-            sums: dict[Any, Any] = {}
-            pace = plan.made[walk.stages[0].node]
-            for t in range(plan.steps):
-                with torch.no_grad():
-                    done = step(walk, plan, t, image.read(int(pace[t]), int(pace[t + 1])), lines, held)
-                lines = done.lines
-                for node, taken in done.sums.items():
-                    sums[node] = program.statistics[node].merge(sums[node], taken) if node in sums else taken
-                if done.output is not None:
-                    yield from self._cropped(done.row, done.output)
-            held = program.finish(sums, held)
-        if program.output not in program.stages:
-            yield 0, held[program.output]
+        for row, y in forward(program, image, self.rows):
+            if program.output in program.stages:
+                yield from self._cropped(row, y)
+            else:
+                yield row, y
 
     def __call__(self, source: RowSource) -> Tensor:
         """The whole output, [1, K, h, w], or what an image-level network returns."""
@@ -82,12 +70,6 @@ class StreamedModel:
         image = ImageRows(source, self.shape, self.program.traced.shape[1:], self.dtype, self.device)
         budget = budget or Budget(rows=self.rows)
         return backward(self.program, image, target, loss, mask=mask, budget=budget)
-
-    def _weights(self) -> dict[Any, Any]:
-        return {
-            node: tensor.detach().to(self.device, self.dtype if tensor.is_floating_point() else None)
-            for node, tensor in self.program.traced.tensors.items()
-        }
 
     def _cropped(self, row: int, y: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Without the rows and columns that only the padding gave."""

@@ -1,4 +1,4 @@
-"""A traced network as a program of stages: what streams, what is held, and which passes over the image it takes.
+"""A traced network as a program of stages: what streams, what is held, which passes over the image it takes.
 
 Every statistic over the image ends a pass: what depends on it can only run in a later one. A stage's level is
 the number of passes that must have ended before it can run.

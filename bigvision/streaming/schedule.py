@@ -18,7 +18,7 @@ class Schedule:
     """The progress of every stage of one pass.
 
     Attributes:
-        steps: T.
+        steps: T, a few more than the image's rows take: the deep branch lags behind.
         made: for every stage, int64 [T + 1], rows made once step t - 1 is over.
         kept: likewise, the first row that a later step still reads; rows kept[t] .. made[t] are the line
             buffer between steps t - 1 and t.
@@ -30,20 +30,44 @@ class Schedule:
 
 
 def schedule(walk: Pass, rows: int) -> Schedule:
-    """The schedule of a pass that takes `rows` image rows a step (the last step may have fewer)."""
+    """The schedule of a pass that takes `rows` image rows a step.
+
+    No stage makes more than its share of rows in a step, so that the deep branch's lag is caught up in a few
+    steps behind the image's end rather than in one huge one, and every buffer stays small.
+    """
     image = walk.stages[0]
-    steps = -(-image.size // rows)
+    behind = 1
+    while True:
+        steps = -(-image.size // rows) + behind
+        made = _progress(walk, rows, steps)
+        if all(int(progress[-1]) == stage.size for stage in walk.stages for progress in [made[stage.node]]):
+            break
+        behind *= 2
+    used = max(int(np.argmax(made[stage.node] == stage.size)) for stage in walk.stages)
+    made = {node: progress[: used + 1] for node, progress in made.items()}
+    return Schedule(used, made, _kept(walk, made))
+
+
+def _progress(walk: Pass, rows: int, steps: int) -> dict[fx.Node, np.ndarray]:
+    image = walk.stages[0]
     pace = np.minimum(np.arange(steps + 1) * rows, image.size)
     made: dict[fx.Node, np.ndarray] = {image.node: pace}
     for stage in walk.stages[1:]:
         if not stage.free:
-            made[stage.node] = _ready(stage, made)
+            share = -(-rows * stage.size // image.size)
+            made[stage.node] = _throttled(_ready(stage, made), share)
     _ask_free_stages(walk, made, pace)
-    return Schedule(steps, made, _kept(walk, made))
+    return made
+
+
+def _throttled(ready: np.ndarray, share: int) -> np.ndarray:
+    """Progress with at most `share` rows a step: made[t + 1] = min(ready[t + 1], made[t] + share)."""
+    allowance = np.arange(len(ready)) * share
+    return np.minimum.accumulate(ready - allowance) + allowance
 
 
 def _ready(stage: Stage, made: dict[fx.Node, np.ndarray]) -> np.ndarray:
-    """Rows that a stage can have made once its inputs have theirs."""
+    """Rows that a stage could have made by then, given what its inputs have."""
     available = np.min([made[source] for source in stage.inputs if source in made], axis=0)
     if stage.rows is None:
         return available
@@ -75,17 +99,19 @@ def _read_until(consumer: Stage, made: np.ndarray) -> np.ndarray:
     return np.where(made > 0, last[np.maximum(made, 1) - 1] + 1, 0)
 
 
+def read_from(consumer: Stage, made: np.ndarray) -> np.ndarray:
+    """The first row of its inputs that a stage will still read once it has made so many of its own."""
+    if consumer.rows is None:
+        return made
+    following = np.minimum(made, consumer.size - 1)
+    start = np.maximum(consumer.rows.first[following], 0)
+    return np.where(made < consumer.size, start, consumer.size_in)
+
+
 def _kept(walk: Pass, made: dict[fx.Node, np.ndarray]) -> dict[fx.Node, np.ndarray]:
     kept = {stage.node: made[stage.node].copy() for stage in walk.stages}
     for consumer in walk.stages:
-        done = made[consumer.node]
-        if consumer.rows is None:
-            start = done
-        else:
-            following = np.minimum(done, consumer.size - 1)
-            start = np.where(
-                done < consumer.size, np.maximum(consumer.rows.first[following], 0), consumer.size_in
-            )
+        start = read_from(consumer, made[consumer.node])
         for source in consumer.inputs:
             kept[source] = np.minimum(kept[source], start)
     return kept

@@ -1,8 +1,8 @@
 """Statistics over the whole image, accumulated row by row in float64.
 
-A statistic is a set of sums over rows and a function of the sums (`finish`). Sums add in a fixed order, so the
-result does not depend on how the image was cut; being plain sums, their gradient reaches every row alike, which
-is what lets a backward pass walk the image once.
+A statistic is a set of sums over rows and a function of the sums (`finish`). Sums add in a fixed order, so
+the result does not depend on how the image was cut; being plain sums, their gradient reaches every row alike,
+which is what lets a backward pass walk the image once.
 
 Legend: C channels, G groups, h rows at hand, W columns, n elements behind one statistic.
 """
@@ -103,11 +103,7 @@ class BinnedMean(Statistic):
 
 
 class Moments(Statistic):
-    """Mean and variance of groups of channels: group, instance and batch norm, std and var.
-
-    Sums are taken of x - c and (x - c)^2 with c the value's own first row mean, so that a large mean does not
-    cancel the variance away.
-    """
+    """Mean and variance of groups of channels: group, instance and batch norm, std and var."""
 
     def __init__(self, node: fx.Node, source: fx.Node) -> None:
         super().__init__(node, source)
@@ -249,7 +245,7 @@ NORMALISATIONS = frozenset(
 
 
 def normalise(node: fx.Node, x: Tensor, moments: tuple[Tensor, Tensor], weight: Any, bias: Any) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) * weight + bias with the whole image's moments by group of channels."""
+    """(x - mean) / sqrt(variance + eps) * weight + bias, with the moments of groups of channels."""
     channels = x.shape[1]
     mean, variance = (one.repeat_interleave(channels // one.numel()) for one in moments)
     scale = (variance + arguments(node)["eps"]).rsqrt()

@@ -1,0 +1,209 @@
+"""The row step for inference: line buffers that are written in place, nothing kept longer than it is read.
+
+Two kinds of line, by what reads it. A *window* (a convolution) reads rows across the border between two
+steps: its input stands in one preallocated buffer, into which the operator before it writes its rows directly.
+A *delay* (a skip connection) is read once, row for row, when the deep branch has caught up: it is a queue of
+the pieces as they were made, and none is ever moved.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from bigvision.graph.trace import operator_name, result_shape
+from bigvision.streaming.into import IN_PLACE, direct_writer, write_into
+from bigvision.streaming.program import Pass, Stage
+from bigvision.streaming.scan import held_rows, no_rows
+from bigvision.streaming.schedule import Schedule, read_from
+from bigvision.streaming.statistics import Sums
+
+# Their results are memory of their own, not a view of something that others read.
+_OWNERS = IN_PLACE | {"conv2d", "conv_transpose2d", "max_pool2d", "avg_pool2d", "cat", "linear"}
+
+
+class WindowBuffer:
+    """Consecutive rows in one block of memory, channels last, so that any run of rows is a view."""
+
+    def __init__(self, stage: Stage, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = list(result_shape(stage.node))
+        shape[stage.axis] = capacity
+        layout = torch.channels_last if len(shape) == 4 and stage.axis == -2 else torch.contiguous_format
+        self.data = torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
+        self.axis, self.capacity = stage.axis, capacity
+        self.base = self.stop = 0  # the image's row at the front, and the one behind the last
+
+    def reserve(self, keep: int, rows: int) -> Tensor:
+        """Room for the next `rows` rows; rows before `keep` may be given up."""
+        if self.stop + rows - self.base > self.capacity:
+            kept, moved = self.stop - keep, keep - self.base
+            old = self.data.narrow(self.axis, moved, kept)
+            self.data.narrow(self.axis, 0, kept).copy_(old if moved >= kept else old.clone())
+            self.base = keep
+        room = self.data.narrow(self.axis, self.stop - self.base, rows)
+        self.stop += rows
+        return room
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start..stop, a view."""
+        return self.data.narrow(self.axis, start - self.base, stop - start)
+
+
+class DelayLine:
+    """Pieces in the order they were made, each dropped once all of its rows were read."""
+
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+        self.pieces: deque[tuple[int, Tensor]] = deque()
+
+    def push(self, first: int, piece: Tensor) -> None:
+        """Append a piece whose first row is the image's row `first`."""
+        self.pieces.append((first, piece))
+
+    def drop(self, keep: int) -> None:
+        """Give up rows before `keep`."""
+        while self.pieces and self.pieces[0][0] + self.pieces[0][1].shape[self.axis] <= keep:
+            self.pieces.popleft()
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start..stop: a view where they lie in one piece."""
+        parts = []
+        for first, piece in self.pieces:
+            low, high = max(start, first), min(stop, first + piece.shape[self.axis])
+            if low < high:
+                parts.append(piece.narrow(self.axis, low - first, high - low))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.axis)
+
+
+class Line:
+    """What one stage's rows are kept in, and until when."""
+
+    def __init__(
+        self, stage: Stage, readers: list[Stage], plan: Schedule, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        made = plan.made[stage.node]
+        starts = {reader.node: read_from(reader, plan.made[reader.node]) for reader in readers}
+        late = [reader for reader in readers if (starts[reader.node][:-1] < made[:-1]).any()]
+        windows = [reader.node for reader in late if reader.rows is not None]
+        self.delayed = frozenset(reader.node for reader in late) - set(windows)
+        self.window, self.window_keep = None, made
+        if windows:
+            self.window_keep = np.min([starts[node] for node in windows] + [made], axis=0)
+            self.window = WindowBuffer(stage, _capacity(made, self.window_keep), dtype, device)
+        self.delay = DelayLine(stage.axis) if self.delayed else None
+        self.delay_keep = np.min([starts[node] for node in self.delayed] + [made], axis=0)
+        self.fresh: Any = None
+        self.fresh_first = 0
+        at = {reader.node: reader for reader in readers}
+        self.last_reader = list(at)[-1] if at else None
+        self.private = len(readers) == 1 and not late  # nobody else, and nothing later, sees its rows
+
+
+def _capacity(made: np.ndarray, keep: np.ndarray) -> int:
+    """Rows that a window buffer must hold; where more stay than come, room to move them only now and then."""
+    stay = int((made - keep).max())
+    come = int((made[1:] - made[:-1]).max())
+    need = int((made[1:] - keep[:-1]).max())
+    return need + (stay if stay > come else 0)
+
+
+class Scanner:
+    """One pass over an image, step by step, in bounded memory.
+
+    Args:
+        walk, plan: the pass and its schedule.
+        held: weights, statistics and what was computed from them.
+        dtype, device: of the rows.
+    """
+
+    def __init__(
+        self, walk: Pass, plan: Schedule, held: dict[fx.Node, Any], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.walk, self.plan, self.held = walk, plan, held
+        self.like = torch.empty(0, dtype=dtype, device=device)
+        self.lines: dict[fx.Node, Line] = {}
+        for stage in walk.stages:
+            readers = [reader for reader in walk.stages if stage.node in reader.inputs]
+            self.lines[stage.node] = Line(stage, readers, plan, dtype, device)
+
+    def advance(self, t: int, image: Tensor) -> tuple[Tensor | None, dict[fx.Node, Sums]]:
+        """Step `t` with the image's rows made[t] .. made[t + 1]: the new output rows and statistics' sums."""
+        sums: dict[fx.Node, Sums] = {}
+        output = None
+        for stage in self.walk.stages:
+            made = self.plan.made[stage.node]
+            a, b = int(made[t]), int(made[t + 1])
+            if a == b:
+                continue
+            rows = self._make(stage, a, b, t, image)
+            for one in self.walk.statistics:
+                if one.source is stage.node:
+                    sums[one.node] = one.partial(rows, a)
+            if stage is self.walk.output:
+                output = rows
+            self._release(stage, t)
+        for line in self.lines.values():
+            line.fresh = None
+            if line.delay is not None:
+                line.delay.drop(int(line.delay_keep[t + 1]))
+        return output, sums
+
+    def _make(self, stage: Stage, a: int, b: int, t: int, image: Tensor) -> Any:
+        """Rows a..b of a stage, in its line."""
+        line = self.lines[stage.node]
+        span = stage.span(a, b)
+
+        def values(source: fx.Node) -> Any:
+            if source not in stage.inputs:
+                return held_rows(stage, span, self.held[source])
+            return self._rows(stage, source, *span.read)
+
+        if stage is self.walk.stages[0]:
+            rows = image
+        elif line.window is not None and line.delay is None:
+            rows = write_into(stage, values, span, line.window.reserve(int(line.window_keep[t]), b - a))
+        elif (place := self._own_input(stage)) is not None:
+            rows = write_into(stage, values, span, place)
+        else:
+            rows = stage.kernel(values, span)
+        if line.window is not None and (line.delay is not None or rows is image):
+            line.window.reserve(int(line.window_keep[t]), b - a).copy_(rows)
+        if line.delay is not None:
+            line.delay.push(a, rows)
+        line.fresh, line.fresh_first = rows, a
+        return rows
+
+    def _own_input(self, stage: Stage) -> Tensor | None:
+        """The input that an elementwise operator may overwrite: one that nobody else reads."""
+        if operator_name(stage.node) not in IN_PLACE or direct_writer(stage.node) is None:
+            return None
+        source = stage.node.args[0]
+        line = self.lines.get(source)  # type: ignore[arg-type]
+        if line is None or not line.private or line.window is not None or source is self.walk.stages[0].node:
+            return None
+        same = result_shape(source) == result_shape(stage.node)  # type: ignore[arg-type]
+        owned = operator_name(source) in _OWNERS  # type: ignore[arg-type]
+        return line.fresh if same and owned else None
+
+    def _rows(self, reader: Stage, source: fx.Node, start: int, stop: int) -> Any:
+        line = self.lines[source]
+        if line.delay is not None and reader.node in line.delayed:
+            return line.delay.rows(start, stop)
+        if line.window is not None:
+            return line.window.rows(start, stop)
+        if isinstance(line.fresh, tuple | list):  # an operator with several results, consumed row for row
+            return line.fresh
+        if start == stop:  # padding alone
+            return no_rows(source, reader.input_axis, self.like)
+        return line.fresh.narrow(reader.input_axis, start - line.fresh_first, stop - start)
+
+    def _release(self, stage: Stage, t: int) -> None:
+        """Forget fresh rows that were read for the last time in this step."""
+        for source in stage.inputs:
+            line = self.lines[source]
+            if line.last_reader is stage.node:
+                line.fresh = None
