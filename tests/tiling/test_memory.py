@@ -45,6 +45,7 @@ def test_copying_takes_less_memory_than_the_raster_itself(write_tif, noise, tmp_
     assert peak_mebibytes(source, kind, tmp_path / f"out.{kind}") < side**2 * bands / 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["zarr", "tif"])
 def test_648_megapixels_copy_within_450_mebibytes(shared_data, tmp_path, kind: str) -> None:
     source = shared_data / "rasters" / "world_36000x18000_uint8.tif"
