@@ -24,7 +24,7 @@ def open_client(options: Options) -> "Iterator[Client | None]":
     if options.scheduler is not None:
         with connect(options.scheduler) as client:
             yield client
-    elif options.workers is not None and options.workers > 1:
+    elif options.workers is not None:
         from distributed import Client, LocalCluster
 
         with (
@@ -45,5 +45,4 @@ def open_client(options: Options) -> "Iterator[Client | None]":
 
 def threads_each(options: Options) -> int | None:
     """Threads for the kernels of one local worker: the cores shared evenly. None leaves it to the process."""
-    cores = len(os.sched_getaffinity(0))
-    return max(1, cores // options.workers) if options.workers is not None and options.workers > 1 else None
+    return None if options.workers is None else max(1, len(os.sched_getaffinity(0)) // options.workers)

@@ -4,12 +4,14 @@ Legend: C bands, H and W rows and columns of the scene.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import nn
 
 from bigvision.graph.cost import cost
-from bigvision.graph.geometry import geometry, padded_size, trace_padded
+from bigvision.graph.flow import flows
+from bigvision.graph.geometry import NOMINAL_SIZE, geometry, padded_size, total_stride
 from bigvision.graph.probe import probe
 from bigvision.graph.trace import UntraceableError, trace
 from bigvision.jobs.process.allocation import peak_bytes
@@ -34,17 +36,35 @@ class Analysis:
 
 def analyse(model: nn.Module, shape: tuple[int, int, int]) -> Analysis:
     """Stride, exact halo and memory of `model` over a scene [C, H, W]; ValueError names what has no rule."""
-    channels = shape[0]
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    channels, height, width = shape
     try:
-        traced, stride = trace_padded(model, shape)
+        stride = _stride(model, channels)
+        return _of_graph(model, (channels, *padded_size(height, width, stride)), stride)
     except UntraceableError:
-        found = probe(model, channels)
-        image = torch.zeros(1, channels, _SAMPLE, _SAMPLE)
-        alive = peak_bytes(model, image) / _SAMPLE**2
-        return Analysis(found.stride, found.halo, found.inexact, alive, weights, "probe")
+        return _of_probe(model, channels)
+
+
+@lru_cache(maxsize=4)
+def _stride(model: nn.Module, channels: int) -> int:
+    """The total stride, which no size of an image changes."""
+    nominal = trace(model, (channels, NOMINAL_SIZE, NOMINAL_SIZE))
+    return total_stride(nominal, flows(nominal))
+
+
+@lru_cache(maxsize=16)
+def _of_graph(model: nn.Module, padded: tuple[int, int, int], stride: int) -> Analysis:
+    traced = trace(model, padded)
     known = geometry(traced)
-    side = padded_size(_SAMPLE, _SAMPLE, stride)
-    sample = cost(trace(model, (channels, *side)))
-    alive = sample.dense_peak_bytes / (side[0] * side[1])
-    return Analysis(stride, known.halo, known.inexact, alive, weights, "graph")
+    alive = cost(traced).dense_peak_bytes / (padded[1] * padded[2])
+    return Analysis(stride, known.halo, known.inexact, alive, _weight_bytes(model), "graph")
+
+
+@lru_cache(maxsize=4)
+def _of_probe(model: nn.Module, channels: int) -> Analysis:
+    found = probe(model, channels)
+    alive = peak_bytes(model, torch.zeros(1, channels, _SAMPLE, _SAMPLE)) / _SAMPLE**2
+    return Analysis(found.stride, found.halo, found.inexact, alive, _weight_bytes(model), "probe")
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -107,7 +107,7 @@ def _plan_stream(
     whole = padded_size(shape[1], shape[2], analysis.stride)[0]
     band, halo = (whole, 0) if analysis.inexact else (min(options.tile or _BAND, whole), analysis.halo)
     processes = options.workers or 1
-    each = (options.memory_bytes - _coordinator(processes)) // processes
+    each = (options.memory_bytes - _coordinator(options)) // processes
     strip = _STRIP_BYTES * 4 * max(1, kind.channels // kind.bands)
     fixed = _BASE + CACHE_BYTES + 2 * analysis.parameter_bytes + strip + shape[1] * shape[2] // 8
     tall = min(whole, band + 2 * halo)
@@ -131,7 +131,7 @@ def _plan_stream(
         exactness="exact",
         dtype=precision.dtype,
         agreement=precision.agreement,
-        predicted_bytes=needed * processes + _coordinator(processes),
+        predicted_bytes=needed * processes + _coordinator(options),
         processes=processes,
         step=rows,
     )
@@ -145,7 +145,7 @@ def _plan_tiles(
     precision: Precision,
 ) -> Plan:
     processes = options.workers or 1
-    each = (options.memory_bytes - _coordinator(processes)) // processes
+    each = (options.memory_bytes - _coordinator(options)) // processes
     forecast = _Forecast(shape, kind, analysis, precision.dtype)
     halo, exactness = _halo(analysis, options)
     whole = max(padded_size(shape[1], shape[2], analysis.stride))
@@ -159,7 +159,7 @@ def _plan_tiles(
             )
     else:
         tile = options.tile or _best_core(shape, analysis.stride, halo, each, forecast)
-    predicted = forecast(tile, halo) * processes + _coordinator(processes)
+    predicted = forecast(tile, halo) * processes + _coordinator(options)
     if predicted > options.memory_bytes:
         raise ValueError(
             f"a tile of {tile} px with a halo of {halo} px takes about {_gib(predicted)} in {processes} "
@@ -224,9 +224,9 @@ def _best_core(shape: tuple[int, int, int], stride: int, halo: int, budget: int,
     return min(sorted(fitting), key=computed)
 
 
-def _coordinator(processes: int) -> int:
+def _coordinator(options: Options) -> int:
     """Bytes of the process that hands out work to others, where there is one."""
-    return _BASE if processes > 1 else 0
+    return _BASE if options.workers is not None else 0
 
 
 def _chunk(tile: int) -> int:

@@ -19,6 +19,7 @@ from bigvision.jobs.process.results import ResultKind
 from bigvision.jobs.process.routed import base_fingerprint, run_routed
 from bigvision.jobs.process.scene import Scene, open_scene
 from bigvision.jobs.process.units import UnitRunner, Unread, Work
+from bigvision.streaming.memory import freed_memory_kept
 from tiling import RasterError, ZarrWriter, create_zarr, gdal_cache, open_raster, resume_zarr
 from tiling.mapping import map_tiles
 
@@ -79,7 +80,7 @@ def run_scene(
     outcome = Outcome(scene.raster.name, str(target), "done", warning=warning, pixels=pixels)
     if target.exists() and _is_ours(target, origin, options):
         return replace(outcome, status="already done", seconds=time.perf_counter() - begun)
-    with open_ledger(target) as ledger, gdal_cache():
+    with open_ledger(target) as ledger, gdal_cache(), freed_memory_kept():
         if options.route is not None:
             base = base_fingerprint(origin.record)
             routed = run_routed(ledger, target, scene, spec, options, origin, base, watcher)

@@ -18,6 +18,7 @@ from bigvision.jobs.process.network import Network, NetworkSpec, load_network
 from bigvision.jobs.process.results import ResultKind
 from bigvision.jobs.process.scene import Scene
 from bigvision.jobs.process.strips import Strip, strips
+from bigvision.streaming.memory import freed_memory_kept
 from tiling import Tile, ZarrWriter
 
 
@@ -59,7 +60,7 @@ class UnitRunner:
 
     def __call__(self, _: NDArray[Any], unit: Tile) -> None:
         """Compute and store one unit."""
-        with self.room:
+        with self.room, freed_memory_kept():
             made = self._strips(unit, self.work.engine.read(self.work.scene, unit))
             # The network's thread makes strip after strip; this one writes each while the next is made.
             making = self.thread.submit(self._next, made)
