@@ -62,3 +62,23 @@ def turn(square: NDArray[np.generic], symmetry: int) -> NDArray[np.generic]:
     """One of the eight symmetries of a square [..., s, s]: quarter turns, the last four after a flip."""
     turned = square[..., ::-1] if symmetry >= 4 else square
     return np.rot90(turned, symmetry % 4, axes=(-2, -1))
+
+
+def shift_tones(
+    images: NDArray[np.float32], strength: float, *, seed: int, step: int, places: Sequence[int]
+) -> NDArray[np.float32]:
+    """Other light and season: normalised images [N, C, s, s] with random gains and offsets, 0 staying 0.
+
+    Each crop gets a gain and an offset, each of its bands another, together within `strength` of 1 and 0;
+    zeros are missing pixels. Crop i's depend on (seed, step, places[i]) alone.
+    """
+    shifted = np.empty_like(images)
+    for image, place, result in zip(images, places, shifted, strict=True):
+        key = np.array([seed, step], np.uint64)
+        generator = np.random.Generator(np.random.Philox(key=key, counter=(1 << 64) + place))
+        common = generator.uniform(-0.5, 0.5, (2, 1, 1, 1))
+        own = generator.uniform(-0.5, 0.5, (2, len(image), 1, 1))
+        gain, offset = ((common + own) * strength).astype(np.float32)
+        np.multiply(image, 1 + gain, out=result)
+        np.add(result, offset, out=result, where=image != 0)
+    return shifted

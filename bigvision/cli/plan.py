@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bigvision.cli.process import DType, Output, numbers
+from bigvision.cli.process import DType, Engine, Output, numbers
 
 if TYPE_CHECKING:
     from bigvision.jobs.plan import RasterPlan
@@ -22,6 +22,7 @@ def plan(
     std: Annotated[str | None, typer.Option(help="Standard deviation of each band.")] = None,
     scale: Annotated[float, typer.Option(help="Divide the values by this first.")] = 1.0,
     output: Annotated[Output, typer.Option(help="What would be written.")] = Output.classes,
+    engine: Annotated[Engine, typer.Option(help="How the network would pass over the scene.")] = Engine.auto,
     tile: Annotated[int | None, typer.Option(help="Side of a tile's core in pixels.")] = None,
     halo: Annotated[int | None, typer.Option(help="An approximate halo.")] = None,
     memory: Annotated[str, typer.Option(help="Peak memory of the job, and of a training step.")] = "4GiB",
@@ -46,6 +47,7 @@ def plan(
         std=numbers(std),
         scale=scale,
         output=output.value,
+        engine=engine.value,
         tile=tile,
         halo=halo,
         memory=memory,
@@ -89,16 +91,17 @@ def text(found: "RasterPlan") -> str:
 
 def _job_lines(found: "RasterPlan") -> list[tuple[str, str]]:
     """What `bigvision process` would do."""
-    if found.tiles is None:
+    cut = found.cut
+    if cut is None:
         return [("process", f"refused: {found.refused}")]
-    tiles = found.tiles
+    what = "tiles" if cut.engine == "tiles" else "streamed bands"
     return [
         (
             "process",
-            f"tiles of {tiles.tile} px, halo {tiles.halo} px, stride {tiles.stride} px ({tiles.exactness}), "
+            f"{what} of {cut.tile} px, halo {cut.halo} px, stride {cut.stride} px ({cut.exactness}), "
             f"{found.overhead:.2f} x the pixels, {found.dtype}",
         ),
-        ("predicted peak", _size(tiles.predicted_bytes)),
+        ("predicted peak", _size(cut.predicted_bytes)),
         ("predicted time", f"{found.seconds:.0f} s here ({_rate(found):.2f} megapixels/s)"),
         ("output", f"{_size(found.output_bytes)} before compression"),
     ]

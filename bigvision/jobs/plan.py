@@ -19,7 +19,7 @@ from bigvision.graph.trace import TracedGraph, UntraceableError
 from bigvision.jobs.process.geometry import analyse
 from bigvision.jobs.process.network import Network, load_network, network_spec
 from bigvision.jobs.process.options import Options
-from bigvision.jobs.process.planning import Plan, plan_tiles
+from bigvision.jobs.process.planning import Plan, plan_scene
 from bigvision.jobs.process.precision import choose_precision
 from bigvision.jobs.process.results import ResultKind
 from bigvision.jobs.process.scene import open_scene
@@ -57,7 +57,7 @@ class RasterPlan:
         dense_forward_bytes, dense_training_bytes: peak when run whole, without and with gradients (weights,
             their gradients and one momentum included).
         stride, halo, inexact: of tiles; why they can't be exact.
-        tiles: how `bigvision process` would cut the scene; None, with `refused`, where it would refuse.
+        cut: how `bigvision process` would cut the scene; None, with `refused`, where it would refuse.
         overhead: pixels computed for each pixel of the scene.
         streaming: None, with `not_streamed`, where no streaming is possible.
         seconds: predicted for `bigvision process` here, from the speed of one tile; 0 where refused.
@@ -78,7 +78,7 @@ class RasterPlan:
     stride: int
     halo: int
     inexact: tuple[str, ...]
-    tiles: Plan | None
+    cut: Plan | None
     refused: str
     overhead: float
     streaming: Streaming | None
@@ -139,11 +139,11 @@ class _Planner:
             found: Cost = cost(self.traced)
         except UntraceableError as error:
             raise ValueError(f"{self.options.model} can't be planned: {error}") from error
-        tiles, refused = self._tiles()
+        cut, refused = self._cut()
         streaming, not_streamed = self._streaming()
-        overhead = self._overhead(tiles)
+        overhead = self._overhead(cut)
         _, height, width = self.shape
-        seconds = self._seconds_per_pixel() * overhead * height * width if tiles else 0.0
+        seconds = self._seconds_per_pixel() * overhead * height * width if cut else 0.0
         size = np.dtype(self.kind.dtype).itemsize
         return RasterPlan(
             scene=self.name,
@@ -160,7 +160,7 @@ class _Planner:
             stride=self.analysis.stride,
             halo=self.analysis.halo,
             inexact=self.analysis.inexact,
-            tiles=tiles,
+            cut=cut,
             refused=refused,
             overhead=overhead,
             streaming=streaming,
@@ -169,17 +169,22 @@ class _Planner:
             output_bytes=self.kind.bands * height * width * size,
         )
 
-    def _tiles(self) -> tuple[Plan | None, str]:
+    def _cut(self) -> tuple[Plan | None, str]:
         try:
-            chosen = plan_tiles(self.shape, self.kind, self.analysis, self.options, self.precision)
+            chosen = plan_scene(
+                self.shape, self.kind, self.analysis, self.options, self.precision, self.network.module
+            )
         except ValueError as error:
             return None, str(error)
         return chosen, ""
 
-    def _overhead(self, tiles: Plan | None) -> float:
-        if tiles is None:
+    def _overhead(self, cut: Plan | None) -> float:
+        if cut is None:
             return 1.0
-        return TileGrid(self.shape[1], self.shape[2], tiles.tile, tiles.halo, tiles.stride).overhead
+        _, height, width = self.shape
+        if cut.engine == "tiles":
+            return TileGrid(height, width, cut.tile, cut.halo, cut.stride).overhead
+        return TileGrid(height, width, (cut.tile, width), (cut.halo, 0), (cut.stride, 1)).overhead
 
     def _streaming(self) -> tuple[Streaming | None, str]:
         dtype = getattr(torch, self.precision.dtype)

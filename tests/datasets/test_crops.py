@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rasterio.windows import Window
 
-from datasets.crops import draw_crop, read_crops, turn
+from datasets.crops import draw_crop, read_crops, shift_tones, turn
 from datasets.pairs import IGNORE
 
 sizes = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=4)
@@ -66,3 +66,20 @@ def test_image_and_labels_stay_together_and_small_scenes_are_filled_up() -> None
     np.testing.assert_array_equal(images.sum(axis=1)[seen] % 2, targets[seen])
     assert {int(n) for n in seen.sum(axis=(1, 2))} == {64, 40}
     assert not images.sum(axis=1)[~seen].any()
+
+
+def test_tones_shift_crop_by_crop_and_missing_pixels_stay_missing() -> None:
+    images = np.random.default_rng(0).normal(size=(4, 3, 8, 8)).astype(np.float32)
+    images[:, :, :2] = 0
+    shifted = shift_tones(images, 0.2, seed=1, step=5, places=[0, 1, 2, 3])
+    assert not shifted[:, :, :2].any()
+    apart = shift_tones(images[2:3], 0.2, seed=1, step=5, places=[2])
+    np.testing.assert_array_equal(apart[0], shifted[2])
+    for n in range(4):
+        for band in range(3):
+            before, after = images[n, band, 2:].ravel(), shifted[n, band, 2:].ravel()
+            gain, offset = np.polyfit(before, after, 1)
+            assert abs(gain - 1) <= 0.2 and abs(offset) <= 0.2
+            np.testing.assert_allclose(gain * before + offset, after, atol=1e-5)
+    assert len({round(float(v), 6) for v in shifted[:, 0, 2, 0] / images[:, 0, 2, 0]}) == 4
+    np.testing.assert_array_equal(shift_tones(images, 0.0, seed=1, step=5, places=[0, 1, 2, 3]), images)

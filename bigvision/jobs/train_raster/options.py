@@ -15,6 +15,7 @@ class TrainOptions:
     crop: rows and columns of a random crop; 0 trains on whole scenes, each step one exact gradient.
     batch: crops a step, over all ranks. Whole scenes take one scene a rank and step.
     class_weights: one number a class, or "balanced" (inverse frequency in the training labels).
+    augment, jitter: turn and flip crops; random gains and offsets up to this, in normalised units.
     steps_per_epoch: by default as many as cover the training pixels once.
     memory, scratch, scratch_limit, rows: of a whole-scene step: bytes it may take, a folder for states that
         don't fit and the bytes they may take there, image rows a step of the scan (None: planned).
@@ -33,6 +34,7 @@ class TrainOptions:
     batch: int = 8
     steps_per_epoch: int | None = None
     augment: bool = True
+    jitter: float = 0.0
     optimizer: str = "adamw"
     lr: float = 1e-3
     weight_decay: float = 1e-4
@@ -73,6 +75,8 @@ class TrainOptions:
                 f"--lr and --clip must be positive and --weight-decay not negative, got {self.lr}, "
                 f"{self.clip} and {self.weight_decay}"
             )
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"--jitter is at least 0 and below 1, got {self.jitter}")
         if isinstance(self.class_weights, str) and self.class_weights != "balanced":
             raise ValueError(f"--class-weights {self.class_weights!r} is neither numbers nor balanced")
         parse_bytes(self.memory)

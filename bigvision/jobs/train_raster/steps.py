@@ -17,7 +17,7 @@ from torch import nn
 from bigvision.jobs.train_raster.options import TrainOptions
 from bigvision.jobs.train_raster.parallel import Ranks
 from bigvision.streaming.losses import Loss
-from datasets.crops import Crop, draw_crop, read_crops
+from datasets.crops import Crop, draw_crop, read_crops, shift_tones
 from datasets.pairs import LabelledScene
 
 
@@ -56,6 +56,7 @@ class CropSteps:
         pixels = sum(height * width for height, width in self.sizes)
         once = -(-pixels // (options.crop**2 * options.batch))
         self.per_epoch = options.steps_per_epoch or once
+        self._places = range(ranks.rank, options.batch, ranks.world)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="crops")
         self._ahead: dict[int, Future[tuple[NDArray[np.float32], NDArray[np.uint8]]]] = {}
 
@@ -82,7 +83,7 @@ class CropSteps:
         value = self.loss(logits, target)
         model.zero_grad(set_to_none=True)
         value.backward()
-        return StepResult(float(value.detach()), float(len(crops)), self._places(crops))
+        return StepResult(float(value.detach()), float(len(crops)), self._where(crops))
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -90,18 +91,24 @@ class CropSteps:
 
     def _crops(self, step: int) -> list[Crop]:
         options = self.options
-        places = range(self.ranks.rank, options.batch, self.ranks.world)
         return [
             draw_crop(
                 self.sizes, options.crop, seed=options.seed, step=step, place=place, augment=options.augment
             )
-            for place in places
+            for place in self._places
         ]
 
     def _read(self, step: int) -> Future[tuple[NDArray[np.float32], NDArray[np.uint8]]]:
-        return self._reader.submit(read_crops, self.scenes, self._crops(step), self.options.crop)
+        return self._reader.submit(self._batch, step)
 
-    def _places(self, crops: Sequence[Crop]) -> str:
+    def _batch(self, step: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        options = self.options
+        images, targets = read_crops(self.scenes, self._crops(step), options.crop)
+        if options.jitter:
+            images = shift_tones(images, options.jitter, seed=options.seed, step=step, places=self._places)
+        return images, targets
+
+    def _where(self, crops: Sequence[Crop]) -> str:
         return "; ".join(
             f"{self.scenes[crop.scene].pair.scene} row {crop.window.row_off} column {crop.window.col_off}"
             for crop in crops
