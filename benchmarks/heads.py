@@ -417,7 +417,7 @@ def _draw(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for name, curve in curves.items():
         axes.plot(*zip(*curve, strict=True), label=name)
-    axes.set(xlabel="step", ylabel="full softmax loss of held-out samples")
+    axes.set(xlabel="step", ylabel="full softmax loss of held-out samples", yscale="log")
     axes.legend()
     figure.savefig(path, dpi=120)
 

@@ -151,7 +151,7 @@ class ClusterGate:
         moved = self._fresh < _NONE
         self._nearest = torch.where(moved, self._fresh, self._nearest)
         self._fresh.fill_(_NONE)
-        self._radius = self._global_radius()
+        self.radius = self._global_radius()
 
     def expected(self, step: int) -> Tensor | None:
         """Unknown before the features are."""
@@ -220,7 +220,7 @@ class ClusterGate:
     def _log_bounds(self, scores: Tensor) -> Tensor:
         """Log of the most a cluster can add to a sample's denominator, float64 [V, E]; -inf if empty."""
         angle = torch.arccos(scores.double().clamp(-1.0, 1.0))
-        nearest = (angle - self._radius.double()).clamp_min(0.0)
+        nearest = (angle - self.radius.double()).clamp_min(0.0)
         return torch.log(self.counts.double()) + self.shard.scale * torch.cos(nearest)
 
     def _own_clusters(self, given: GateInput) -> Tensor:

@@ -168,6 +168,33 @@ class ShardedMarginHead(nn.Module):
         return torch.cat(self.ranks.gather(own))[: self.num_classes]
 
     @torch.no_grad()
+    def set_centers(self, centers: Any) -> None:
+        """Replaces all centres, as after an import; the optimiser's state stays. Called on every rank.
+
+        Args:
+            centers: [C, D], a tensor or anything sliced by rows like one (a safetensors slice). Each rank
+                reads its own rows only, tile by tile.
+
+        Raises:
+            ValueError: on every rank, for another shape.
+        """
+        shard = self.shard
+        with together(self.ranks, "setting the centres"):
+            shape = tuple(centers.get_shape() if hasattr(centers, "get_shape") else centers.shape)
+            if shape != (self.num_classes, self.dim):
+                raise ValueError(f"centres must be {(self.num_classes, self.dim)}, got {shape}")
+            for low in range(0, len(shard.classes), shard.tile):
+                rows = slice(low, min(low + shard.tile, len(shard.classes)))
+                first = shard.classes.start
+                w = centers[first + rows.start : first + rows.stop].to(shard.device, shard.dtype)
+                shard.store.store(rows, {"weight": w})
+            if shard.last_step is not None and shard.history is not None:
+                shard.last_step.fill_(len(shard.history))
+            self.refresh_norms()
+        if self.gate is not None:
+            self.gate.rebuild()
+
+    @torch.no_grad()
     def dropped_share(self, features: Tensor, labels: Tensor) -> Tensor:
         """The share of each valid sample's softmax that the gate leaves out, measured: float64 [V], all
         ranks'.

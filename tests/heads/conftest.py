@@ -72,7 +72,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[st
         for rank, log in enumerate(logs)
     ]
     try:
-        codes = [worker.wait(timeout=240) for worker in workers]
+        codes = [worker.wait(timeout=500) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

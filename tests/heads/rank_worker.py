@@ -92,6 +92,9 @@ def complaints(size: int, rank: int, folder: Path) -> dict[str, str]:
         "ranks": message(lambda: make("exact", num_classes=max(size - 1, 1))),
         "margin": message(lambda: heads.load_head(make("exact", margin=Margin()), folder / "exact")),
         "dim": message(lambda: heads.load_head(make("exact", num_classes=36), folder / "exact")),
+        "place": message(
+            lambda: make("exact", place=folder / "exact" / "head.json" / "rows" if last else "device")
+        ),
         "absent": message(lambda: heads.load_head(head, folder / "nowhere")),
         "unwritable": message(lambda: heads.save_head(head, folder / "exact" / "head.json" / "x")),
     }

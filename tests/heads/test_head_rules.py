@@ -1,13 +1,17 @@
 """Besides the arithmetic: modes, adaptive margins, order of backwards, settings, kernels."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from heads import SGD, AdaFace, MagFace, Margin, ShardedMarginHead, sampled
+from heads import SGD, AdaFace, MagFace, Margin, ShardedMarginHead, clustered, sampled
 
 Oracle = Callable[..., Tensor]
 
@@ -90,6 +94,20 @@ def test_the_incoming_gradient_scales_the_step_and_the_features() -> None:
     (half(x2, y) / 2).backward()
     torch.testing.assert_close(x2.grad * 2, x.grad)
     torch.testing.assert_close((half.full_centers() - start) * 2, one.full_centers() - start)
+
+
+def test_centres_can_be_imported(tmp_path: Path) -> None:
+    w = torch.randn(29, 5, dtype=torch.float64)
+    save_file({"centres": w}, tmp_path / "c.safetensors")
+    with safe_open(tmp_path / "c.safetensors", "pt") as file:
+        for centers in (w, file.get_slice("centres")):
+            head = make(active=clustered(3))
+            head.set_centers(centers)
+            assert torch.equal(head.full_centers(), w)
+            angle = torch.arccos((F.normalize(w) * head.gate.centroids[head.gate.assignment.long()]).sum(1))
+            assert (angle <= head.gate.radius[head.gate.assignment.long()]).all()
+    with pytest.raises(ValueError, match=r"setting the centres: centres must be \(29, 5\), got \(28, 5\)"):
+        head.set_centers(w[1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
