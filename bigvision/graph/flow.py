@@ -531,6 +531,6 @@ def _reduced(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
 STATISTICS = frozenset({"mean", "sum", "amax", "amin", "std", "var", "linalg_vector_norm"})
 
 
-@rule("group_norm", "instance_norm", "native_group_norm", "_native_batch_norm_legit_functional")
+@rule("group_norm", "instance_norm", "native_group_norm", "_native_batch_norm_legit")
 def _normalised(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     return Flow(_nchw(node, source), statistic=True)

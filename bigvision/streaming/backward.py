@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from bigvision.graph.trace import result_shape
+from bigvision.graph.trace import module_path, operator_name, result_shape
+from bigvision.streaming.batch_norm import SceneMoments
 from bigvision.streaming.checkpoints import CheckpointPlan, Scratch, plan_checkpoints
 from bigvision.streaming.footprint import step_bytes
 from bigvision.streaming.losses import Loss
@@ -27,7 +28,7 @@ from bigvision.streaming.scan import Lines, StepResult, step
 from bigvision.streaming.schedule import schedule
 from bigvision.streaming.source import ImageRows
 from bigvision.streaming.states import StateStack
-from bigvision.streaming.statistics import Sums
+from bigvision.streaming.statistics import Moments, Sums
 from bigvision.streaming.tape import (
     Gradients,
     Held,
@@ -53,6 +54,7 @@ class BackwardResult:
         confusion: int64 [K, K], rows the truth, columns the network's answer; None where the target is not
             one class a pixel.
         plans: how every pass over the scene was differentiated, in order of the passes.
+        moments: what batch norms in training mode saw (see `batch_norm`).
     """
 
     loss: float
@@ -60,6 +62,7 @@ class BackwardResult:
     pixels: int
     confusion: Tensor | None
     plans: tuple[CheckpointPlan, ...]
+    moments: tuple[SceneMoments, ...]
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,8 @@ def backward(
     assert value is not None
     assert tally.sums is not None
     _accumulate(program, gradients)
-    return BackwardResult(value, tally.sums, tally.pixels, tally.confusion, plans)
+    moments = _moments(program, helds[-1])
+    return BackwardResult(value, tally.sums, tally.pixels, tally.confusion, plans, moments)
 
 
 def plan_backward(program: Program, dtype: torch.dtype, budget: Budget) -> tuple[CheckpointPlan, ...]:
@@ -346,6 +350,15 @@ def _back_through_weights(scene: Scene, gradients: Gradients) -> None:
         seeded = _held_seeds(made, set(made) - set(weights), gradients)
     for key, gradient in differentiate(seeded, leaves.leaves).items():
         gradients.add(key, gradient)
+
+
+def _moments(program: Program, held: Held) -> tuple[SceneMoments, ...]:
+    """What every batch norm in training mode saw, in the order of the graph."""
+    return tuple(
+        SceneMoments(module_path(node), *held[node], statistic.count)
+        for node, statistic in program.statistics.items()
+        if operator_name(node) == "_native_batch_norm_legit" and isinstance(statistic, Moments)
+    )
 
 
 def _accumulate(program: Program, gradients: Gradients) -> None:

@@ -240,7 +240,7 @@ def statistic_for(node: fx.Node, source: fx.Node) -> Statistic:
 
 
 NORMALISATIONS = frozenset(
-    ("group_norm", "native_group_norm", "instance_norm", "_native_batch_norm_legit_functional")
+    ("group_norm", "native_group_norm", "instance_norm", "_native_batch_norm_legit")
 )
 
 

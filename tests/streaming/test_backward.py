@@ -14,10 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bigvision.graph import trace_padded
 from bigvision.streaming import Budget, BudgetError, NonFiniteError, Scratch, StreamedModel
-from bigvision.streaming.backward import plan_backward
+from bigvision.streaming.backward import backward, plan_backward
+from bigvision.streaming.batch_norm import scene_statistics, update_running_statistics
 from bigvision.streaming.footprint import step_bytes
 from bigvision.streaming.losses import BinaryCrossEntropy, CrossEntropy, Dice, Focal, Loss
+from bigvision.streaming.program import compile_program
+from bigvision.streaming.source import ImageRows
 
 LOSSES = [
     CrossEntropy(torch.tensor([1.0, 2.0, 0.5]), ignore_index=255),
@@ -320,3 +324,31 @@ def test_peak_memory_does_not_grow_with_the_height() -> None:
     # Plain autograd would take 16 channels x 4 B x 256 columns x 9 results a row: 300 MB at 2048 rows.
     assert high < low + 24 * 1024
     assert high < 120 * 1024
+
+
+def test_batch_norm_over_the_scene() -> None:
+    torch.manual_seed(3)
+    shape = (3, 24, 16)
+    streamed, whole = (
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5),
+            nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4, momentum=None), nn.Conv2d(4, 3, 1),
+        ).double()
+        for _ in range(2)
+    )  # fmt: skip
+    whole.load_state_dict(streamed.state_dict())
+    image, target = torch.randn(shape, dtype=torch.float64), labels(24, 16)
+    whole.train()[3].eval()
+    LOSSES[1](whole(image[None]), target[None]).backward()
+    streamed.train()
+    with scene_statistics(streamed):
+        program = compile_program(trace_padded(streamed, shape)[0])
+    assert streamed[3].training
+    assert streamed[1].track_running_stats
+    rows = ImageRows(image, shape, shape[1:], torch.float64, torch.device("cpu"))
+    result = backward(program, rows, target, LOSSES[1], budget=Budget(5))
+    update_running_statistics(streamed, result.moments)
+    for (name, one), two in zip(streamed.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-9, atol=1e-12, msg=name)
+    for (name, left), right in zip(streamed.named_buffers(), whole.buffers(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-12, msg=name)
