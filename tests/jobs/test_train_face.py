@@ -214,6 +214,7 @@ def test_a_refused_run_that_torchrun_restarts_ends_at_once(tmp_path: Path) -> No
     assert "step 7: the loss is nan" in message
 
 
+@pytest.mark.slow
 def test_a_restarted_run_goes_on_by_itself(tmp_path: Path) -> None:
     assert run(1, tmp_path, epochs="1") == [""]
 
@@ -315,10 +316,18 @@ def test_damaged_records_are_counted_and_named(tmp_path: Path) -> None:
     "changed",
     [
         {"active": "sampled:0.5:unbiased", "storage": "bfloat16", "head-optimizer": "adagrad"},
-        {"active": "clustered:3:1", "margin": "adaface", "head-optimizer": "adam"},
-        {"active": "hashed:4:2", "margin": "magface", "schedule": "cosine", "warmup": "0.5"},
-        {"place": "{centres}", "dtype": "bfloat16", "accumulate": "2", "augment": "light"},
-        {"dtype": "float16", "clip": "0", "schedule": "constant"},
+        pytest.param(
+            {"active": "clustered:3:1", "margin": "adaface", "head-optimizer": "adam"}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"active": "hashed:4:2", "margin": "magface", "schedule": "cosine", "warmup": "0.5"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"place": "{centres}", "dtype": "bfloat16", "accumulate": "2", "augment": "light"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"dtype": "float16", "clip": "0", "schedule": "constant"}, marks=pytest.mark.slow),
     ],
 )
 def test_every_way_to_train_trains(tmp_path: Path, changed: dict[str, str]) -> None:
