@@ -220,9 +220,12 @@ def _step(run: Run, iterator: Any, step: int) -> tuple[Stepped, float]:
     seed = (run.options.seed * 1_000_003 + step) * 4096 + run.world.rank
     try:
         return run.stepper(iterator, seed % 2**63), lr
-    except (DivergedError, FaceJobError, ValueError) as error:
+    except (DivergedError, ValueError) as error:
         where = f"step {step + 1}, rank {run.world.rank}, learning rate {lr:g}"
-        raise type(error)(f"{where}: {error}") from error
+        if isinstance(error, FaceJobError):
+            raise FaceJobError(f"{where}: {error}", error.transient) from error
+        kind = DivergedError if isinstance(error, DivergedError) else ValueError
+        raise kind(f"{where}: {error}") from error
 
 
 def _evaluate(run: Run, step: int, curves: Curves | None, reporter: Reporter) -> None:
@@ -300,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options = parse(arguments, "python -m bigvision.jobs.train_face")
         with world_of_torchrun(device_of(options)) as world:
             _guarded(options, world)
-    except (FaceJobError, DivergedError, ValueError, OSError) as error:
+    except (DivergedError, ValueError, OSError) as error:
         sys.exit(f"bigvision: {error}")
 
 
@@ -318,8 +321,8 @@ def _guarded(options: TrainOptions, world: World) -> None:
         options = parse_again(options)
     try:
         train(options, world)
-    except (FaceJobError, DivergedError, ValueError) as error:
-        if world.leads:
+    except (DivergedError, ValueError) as error:
+        if world.leads and not getattr(error, "transient", False):
             marker.write_text(json.dumps({"why": str(error)}))
         raise
 

@@ -15,7 +15,14 @@ T = TypeVar("T")
 
 
 class FaceJobError(ValueError):
-    """A failure that every rank has been told of; the text names the rank it happened on."""
+    """A failure that every rank has been told of; the text names the rank it happened on.
+
+    `transient` says that the same run may well get further when it is started again (a drive that went away).
+    """
+
+    def __init__(self, text: str, transient: bool = False) -> None:
+        super().__init__(text)
+        self.transient = transient
 
 
 @dataclass(frozen=True)
@@ -59,12 +66,12 @@ class World:
                 return
         elif failure is None:
             return
-        told = self.gather(None if failure is None else _sentence(failure))
-        failed = {rank: text for rank, text in enumerate(told) if text is not None}
-        rank, text = next(iter(failed.items()))
+        told = self.gather(None if failure is None else (_sentence(failure), _may_pass(failure)))
+        failed = {rank: found for rank, found in enumerate(told) if found is not None}
+        rank, (text, transient) = next(iter(failed.items()))
         same = len(failed) == self.size and len(set(failed.values())) == 1
         who = "" if self.size == 1 else ("on every rank, " if same else f"on rank {rank}, ")
-        raise FaceJobError(f"{who}{doing}: {text}") from failure
+        raise FaceJobError(f"{who}{doing}: {text}", transient) from failure
 
     @contextmanager
     def together(self, doing: str) -> Iterator[None]:
@@ -80,6 +87,11 @@ class World:
         except Exception as error:
             failure = error
         self.agree(failure, doing)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether an error lies in the machine rather than in what was asked for."""
+    return isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, PermissionError))
 
 
 def _sentence(error: Exception) -> str:
