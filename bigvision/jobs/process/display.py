@@ -49,7 +49,11 @@ class Bar(Watcher):
 
     def planned(self, scene: str, plan: Plan, pixels: int, left: int) -> None:
         """Say how the scene is cut, and set the bar to what is left."""
-        agreement = "" if plan.agreement is None else f" (classes agree on {plan.agreement:.2%})"
+        agreement = (
+            ""
+            if plan.agreement is None
+            else f" ({plan.agreement:.2%} of the classes are the same in bfloat16)"
+        )
         resumed = "" if left == pixels else f"; {1 - left / pixels:.0%} was finished before"
         self.console.print(
             f"{scene}: {plan.exactness}, {plan.dtype}{agreement}, tiles of {plan.tile} px with a halo of "
