@@ -1,9 +1,9 @@
 """The row step for inference: line buffers that are written in place, nothing kept longer than it is read.
 
 Two kinds of line, by what reads it. A *window* (a convolution) reads rows across the border between two
-steps: its input stands in one preallocated buffer, into which the operator before it writes its rows directly.
-A *delay* (a skip connection) is read once, row for row, when the deep branch has caught up: it is a queue of
-the pieces as they were made, and none is ever moved.
+steps: its input stands in one preallocated buffer, into which the operator before it writes its rows
+directly. A *delay* (a skip connection) is read once, row for row, when the deep branch has caught up: it is a
+queue of the pieces as they were made, and none is ever moved.
 """
 
 from __future__ import annotations
@@ -11,19 +11,16 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
-from bigvision.graph.trace import operator_name, result_shape
-from bigvision.streaming.into import IN_PLACE, direct_writer, write_into
+from bigvision.graph.trace import result_shape
+from bigvision.streaming.into import overwritten_input, write_into
+from bigvision.streaming.lines import LinePlan, plan_lines
 from bigvision.streaming.program import Pass, Stage
 from bigvision.streaming.scan import held_rows, no_rows
-from bigvision.streaming.schedule import Schedule, read_from
+from bigvision.streaming.schedule import Schedule
 from bigvision.streaming.statistics import Sums
-
-# Their results are memory of their own, not a view of something that others read.
-_OWNERS = IN_PLACE | {"conv2d", "conv_transpose2d", "max_pool2d", "avg_pool2d", "cat", "linear"}
 
 
 class WindowBuffer:
@@ -80,35 +77,14 @@ class DelayLine:
 
 
 class Line:
-    """What one stage's rows are kept in, and until when."""
+    """One stage's rows: the fresh ones of this step, and what is kept of older ones."""
 
-    def __init__(
-        self, stage: Stage, readers: list[Stage], plan: Schedule, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        made = plan.made[stage.node]
-        starts = {reader.node: read_from(reader, plan.made[reader.node]) for reader in readers}
-        late = [reader for reader in readers if (starts[reader.node][:-1] < made[:-1]).any()]
-        windows = [reader.node for reader in late if reader.rows is not None]
-        self.delayed = frozenset(reader.node for reader in late) - set(windows)
-        self.window, self.window_keep = None, made
-        if windows:
-            self.window_keep = np.min([starts[node] for node in windows] + [made], axis=0)
-            self.window = WindowBuffer(stage, _capacity(made, self.window_keep), dtype, device)
-        self.delay = DelayLine(stage.axis) if self.delayed else None
-        self.delay_keep = np.min([starts[node] for node in self.delayed] + [made], axis=0)
+    def __init__(self, stage: Stage, plan: LinePlan, dtype: torch.dtype, device: torch.device) -> None:
+        self.plan = plan
+        self.window = WindowBuffer(stage, plan.capacity, dtype, device) if plan.capacity else None
+        self.delay = DelayLine(stage.axis) if plan.delayed else None
         self.fresh: Any = None
         self.fresh_first = 0
-        at = {reader.node: reader for reader in readers}
-        self.last_reader = list(at)[-1] if at else None
-        self.private = len(readers) == 1 and not late  # nobody else, and nothing later, sees its rows
-
-
-def _capacity(made: np.ndarray, keep: np.ndarray) -> int:
-    """Rows that a window buffer must hold; where more stay than come, room to move them only now and then."""
-    stay = int((made - keep).max())
-    come = int((made[1:] - made[:-1]).max())
-    need = int((made[1:] - keep[:-1]).max())
-    return need + (stay if stay > come else 0)
 
 
 class Scanner:
@@ -125,10 +101,8 @@ class Scanner:
     ) -> None:
         self.walk, self.plan, self.held = walk, plan, held
         self.like = torch.empty(0, dtype=dtype, device=device)
-        self.lines: dict[fx.Node, Line] = {}
-        for stage in walk.stages:
-            readers = [reader for reader in walk.stages if stage.node in reader.inputs]
-            self.lines[stage.node] = Line(stage, readers, plan, dtype, device)
+        plans = plan_lines(walk, plan)
+        self.lines = {stage.node: Line(stage, plans[stage.node], dtype, device) for stage in walk.stages}
 
     def advance(self, t: int, image: Tensor) -> tuple[Tensor | None, dict[fx.Node, Sums]]:
         """Step `t` with the image's rows made[t] .. made[t + 1]: the new output rows and statistics' sums."""
@@ -149,7 +123,7 @@ class Scanner:
         for line in self.lines.values():
             line.fresh = None
             if line.delay is not None:
-                line.delay.drop(int(line.delay_keep[t + 1]))
+                line.delay.drop(int(line.plan.delay_keep[t + 1]))
         return output, sums
 
     def _make(self, stage: Stage, a: int, b: int, t: int, image: Tensor) -> Any:
@@ -165,13 +139,13 @@ class Scanner:
         if stage is self.walk.stages[0]:
             rows = image
         elif line.window is not None and line.delay is None:
-            rows = write_into(stage, values, span, line.window.reserve(int(line.window_keep[t]), b - a))
+            rows = write_into(stage, values, span, line.window.reserve(int(line.plan.window_keep[t]), b - a))
         elif (place := self._own_input(stage)) is not None:
             rows = write_into(stage, values, span, place)
         else:
             rows = stage.kernel(values, span)
         if line.window is not None and (line.delay is not None or rows is image):
-            line.window.reserve(int(line.window_keep[t]), b - a).copy_(rows)
+            line.window.reserve(int(line.plan.window_keep[t]), b - a).copy_(rows)
         if line.delay is not None:
             line.delay.push(a, rows)
         line.fresh, line.fresh_first = rows, a
@@ -179,19 +153,15 @@ class Scanner:
 
     def _own_input(self, stage: Stage) -> Tensor | None:
         """The input that an elementwise operator may overwrite: one that nobody else reads."""
-        if operator_name(stage.node) not in IN_PLACE or direct_writer(stage.node) is None:
+        source = overwritten_input(stage)
+        if source is None or source is self.walk.stages[0].node:
             return None
-        source = stage.node.args[0]
-        line = self.lines.get(source)  # type: ignore[arg-type]
-        if line is None or not line.private or line.window is not None or source is self.walk.stages[0].node:
-            return None
-        same = result_shape(source) == result_shape(stage.node)  # type: ignore[arg-type]
-        owned = operator_name(source) in _OWNERS  # type: ignore[arg-type]
-        return line.fresh if same and owned else None
+        line = self.lines[source]
+        return line.fresh if line.plan.private and line.window is None else None
 
     def _rows(self, reader: Stage, source: fx.Node, start: int, stop: int) -> Any:
         line = self.lines[source]
-        if line.delay is not None and reader.node in line.delayed:
+        if line.delay is not None and reader.node in line.plan.delayed:
             return line.delay.rows(start, stop)
         if line.window is not None:
             return line.window.rows(start, stop)
@@ -205,5 +175,5 @@ class Scanner:
         """Forget fresh rows that were read for the last time in this step."""
         for source in stage.inputs:
             line = self.lines[source]
-            if line.last_reader is stage.node:
+            if line.plan.last_reader is stage.node:
                 line.fresh = None

@@ -14,6 +14,8 @@ from torch import fx
 
 from bigvision.graph.trace import operator_name
 from bigvision.streaming.checkpoints import StepBytes
+from bigvision.streaming.into import direct_writer, overwritten_input
+from bigvision.streaming.lines import LinePlan, plan_lines
 from bigvision.streaming.program import Pass, Program, Stage
 from bigvision.streaming.schedule import Schedule, schedule
 
@@ -71,3 +73,41 @@ def _weight_bytes(node: fx.Node, program: Program, dtype: torch.dtype) -> int:
     if not tensor.is_floating_point():
         return tensor.numel() * tensor.element_size()
     return tensor.numel() * (dtype.itemsize * 2 + max(tensor.element_size(), 4))
+
+
+def forward_bytes(program: Program, rows: int, dtype: torch.dtype) -> int:
+    """The most bytes that an inference pass holds at once, weights included, at `rows` image rows a step."""
+    weights = sum(
+        tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.element_size())
+        for tensor in program.traced.tensors.values()
+    )
+    return weights + max(_scanner_bytes(walk, schedule(walk, rows), dtype) for walk in program.passes)
+
+
+def _scanner_bytes(walk: Pass, plan: Schedule, dtype: torch.dtype) -> int:
+    """Window buffers, delay lines and the results alive within a step, at the worst moment."""
+    lines = plan_lines(walk, plan)
+    order = {stage.node: index for index, stage in enumerate(walk.stages)}
+    windows = 0
+    delays = np.zeros(plan.steps, np.int64)
+    alive = np.zeros((len(walk.stages) + 1, plan.steps), np.int64)
+    for index, stage in enumerate(walk.stages):
+        line, size = lines[stage.node], row_bytes(stage, dtype)
+        fresh = np.diff(plan.made[stage.node]) * size
+        windows += line.capacity * size
+        if line.delayed:
+            delays += (plan.made[stage.node][1:] - line.delay_keep[:-1]) * size
+        elif _takes_memory(stage, line, lines):
+            last = order[line.last_reader] if line.last_reader is not None else index
+            alive[index : last + 1] += fresh
+    return windows + int((delays + alive.max(0)).max())
+
+
+def _takes_memory(stage: Stage, line: LinePlan, lines: dict[fx.Node, LinePlan]) -> bool:
+    """Whether fresh rows stand in memory of their own, not in a buffer, a view or the input's place."""
+    if stage.node.op == "call_function" and operator_name(stage.node) in _VIEWS:
+        return False
+    if line.capacity and direct_writer(stage.node) is not None:
+        return False
+    source = overwritten_input(stage)
+    return source is None or not lines[source].private or lines[source].capacity > 0

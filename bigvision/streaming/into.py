@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from bigvision.graph.trace import operator_name
+from bigvision.graph.trace import operator_name, result_shape
 from bigvision.streaming.kernels import Span, Values
 from bigvision.streaming.program import Stage
 
@@ -40,8 +40,10 @@ WRITERS: dict[str, Callable[..., Tensor]] = {
     "leaky_relu": aten.leaky_relu.out,
     "elu": aten.elu.out,
 }
-IN_PLACE = frozenset(WRITERS) - {"cat"}
-"""Elementwise writers: the place may be their own input."""
+# Elementwise writers: the place may be their own input.
+_IN_PLACE = frozenset(WRITERS) - {"cat"}
+# Their results are memory of their own, not a view of something that others read.
+_OWNERS = _IN_PLACE | {"conv2d", "conv_transpose2d", "max_pool2d", "avg_pool2d", "cat", "linear"}
 
 
 def write_into(stage: Stage, values: Values, span: Span, place: Tensor) -> Tensor:
@@ -66,3 +68,14 @@ def _takes(node: fx.Node) -> bool:
     if operator_name(node) not in ("add", "sub", "mul", "div"):
         return True
     return isinstance(node.args[1], fx.Node)
+
+
+def overwritten_input(stage: Stage) -> fx.Node | None:
+    """The input in whose memory an elementwise operator can leave its result, if nobody else needs it."""
+    node = stage.node
+    if operator_name(node) not in _IN_PLACE or direct_writer(node) is None:
+        return None
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or source not in stage.inputs or operator_name(source) not in _OWNERS:
+        return None
+    return source if result_shape(source) == result_shape(node) else None

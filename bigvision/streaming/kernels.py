@@ -32,7 +32,7 @@ from bigvision.graph.resampling import Taps, area_taps, interpolate_columns, int
 from bigvision.graph.trace import operator_name, result_shape
 
 Values = Callable[[fx.Node], Any]
-"""Gives a kernel its inputs: of a streaming one the rows first..last, clipped to the image; a held one whole."""
+"""Gives a kernel its inputs: a streaming one's rows first..last, clipped to the image; a held one whole."""
 
 Kernel = Callable[[Values, "Span"], Any]
 

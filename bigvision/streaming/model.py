@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
+from dask.utils import parse_bytes
 from torch import Tensor, nn
 
 from bigvision.graph import fold_batch_norm, trace_padded
-from bigvision.streaming.backward import BackwardResult, Budget, backward
+from bigvision.streaming.backward import BackwardResult, Budget, backward, plan_backward
+from bigvision.streaming.checkpoints import BudgetError, Scratch
+from bigvision.streaming.footprint import forward_bytes
 from bigvision.streaming.forward import forward
 from bigvision.streaming.losses import Loss
+from bigvision.streaming.plan import StreamPlan, pass_flops, plan_rows
 from bigvision.streaming.program import compile_program
+from bigvision.streaming.schedule import schedule
 from bigvision.streaming.source import ImageRows, RowSource
 
 
@@ -20,14 +27,18 @@ class StreamedModel:
     """A network prepared for scenes of one shape.
 
     Args:
-        model: an eval-mode network of [1, C, H, W]; the streamed network shares its parameters.
-        shape: (C, H, W) of the scenes.
-        rows: image rows a step.
-        dtype: the precision to compute in.
+        model: a network of [1, C, H, W]; put in eval mode. The streamed network shares its parameters.
+        shape: (C, H, W) of the scenes. They are padded with zeros, below and on the right, to multiples of
+            the network's total stride, and the output is cropped: that is the whole-image result.
+        memory: what the process may take at its peak, in bytes or as "2GiB"; None: no limit.
+        rows: image rows a step; None: planned from the width and the memory.
+        scratch: (folder, bytes) for the states that a backward pass spills; None: none are.
+        dtype: the precision to compute in; gradients arrive in the parameters' own.
         device: where to compute.
 
     Raises:
         UntraceableError, UnsupportedOperatorError: the network can't be streamed; the message says why.
+        BudgetError: the memory can't hold the smallest step.
     """
 
     def __init__(
@@ -35,18 +46,44 @@ class StreamedModel:
         model: nn.Module,
         shape: tuple[int, int, int],
         *,
-        rows: int = 64,
+        memory: int | str | None = None,
+        rows: int | None = None,
+        scratch: tuple[str | Path, int | str] | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> None:
         self.shape = shape
-        self.rows, self.dtype, self.device = rows, dtype, torch.device(device)
+        self.dtype, self.device = dtype, torch.device(device)
+        limit = None if memory is None else parse_bytes(memory)
+        spill = None if scratch is None else Scratch(Path(scratch[0]), parse_bytes(scratch[1]))
+        self.budget = Budget(rows, limit, spill)
         traced, self.stride = trace_padded(model.eval(), shape)
         self.program = compile_program(traced)
+        self._inference = compile_program(fold_batch_norm(traced))
+        self.rows, self._peak_bytes = plan_rows(self._inference, self.stride, rows, limit, dtype)
+
+    @cached_property
+    def plan(self) -> StreamPlan:
+        """What a stream over a scene takes."""
+        program, flops = self._inference, pass_flops(self._inference)
+        try:
+            training = plan_backward(self.program, self.dtype, self.budget)
+        except BudgetError:
+            training = None
+        return StreamPlan(
+            rows=self.rows,
+            steps=sum(schedule(walk, self.rows).steps for walk in program.passes),
+            passes=len(program.passes),
+            engine_bytes=forward_bytes(program, self.rows, self.dtype),
+            peak_bytes=self._peak_bytes,
+            flops=sum(flops),
+            recomputation=sum(flops[:-1]) / max(flops[-1], 1),
+            training=training,
+        )
 
     def stream(self, source: RowSource) -> Iterator[tuple[int, Tensor]]:
         """Yield (row, y): y [1, K, h, w] holds rows row .. row + h of the whole image's output, in order."""
-        program = compile_program(fold_batch_norm(self.program.traced))
+        program = compile_program(fold_batch_norm(self.program.traced))  # weights may have changed
         image = ImageRows(source, self.shape, program.traced.shape[1:], self.dtype, self.device)
         for row, y in forward(program, image, self.rows):
             if program.output in program.stages:
@@ -65,11 +102,10 @@ class StreamedModel:
         """Add the exact gradient of `loss` over the whole scene to the parameters' `grad`.
 
         See `bigvision.streaming.backward.backward`: `target` is [H, W] or [K, H, W], sliceable by rows (for a
-        network with one answer for the image, what the loss takes), `mask` [H, W] true where a pixel counts.
+        network with one answer for the image, what the loss takes), `mask` [H, W] true where a pixel counts; `budget` replaces the model's own.
         """
         image = ImageRows(source, self.shape, self.program.traced.shape[1:], self.dtype, self.device)
-        budget = budget or Budget(rows=self.rows)
-        return backward(self.program, image, target, loss, mask=mask, budget=budget)
+        return backward(self.program, image, target, loss, mask=mask, budget=budget or self.budget)
 
     def _cropped(self, row: int, y: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Without the rows and columns that only the padding gave."""
