@@ -102,7 +102,8 @@ class StreamedModel:
         """Add the exact gradient of `loss` over the whole scene to the parameters' `grad`.
 
         See `bigvision.streaming.backward.backward`: `target` is [H, W] or [K, H, W], sliceable by rows (for a
-        network with one answer for the image, what the loss takes), `mask` [H, W] true where a pixel counts; `budget` replaces the model's own.
+        network with one answer for the image, what the loss takes), `mask` [H, W] true where a pixel counts;
+        `budget` replaces the model's own.
         """
         image = ImageRows(source, self.shape, self.program.traced.shape[1:], self.dtype, self.device)
         return backward(self.program, image, target, loss, mask=mask, budget=budget or self.budget)

@@ -84,8 +84,7 @@ def plan_rows(
 
 def pass_flops(program: Program) -> list[int]:
     """FLOPs of every pass."""
-    flops = {
-        node: one.flops
-        for node, one in zip(program.traced.operators(), cost(program.traced).operators, strict=True)
-    }
-    return [sum(flops.get(stage.node, 0) for stage in walk.stages) for walk in program.passes]
+    return [
+        sum(flops(stage.node) for stage in walk.stages if stage.node.op == "call_function")
+        for walk in program.passes
+    ]
