@@ -3,7 +3,8 @@
     python benchmarks/routing.py                  # minutes: a scene of 2048 x 2048
     python benchmarks/routing.py --full-size      # 8192 x 8192, as the README's figures
 
-Every ratio is of times taken in turn in one run; medians where a thing runs more than once.
+Every ratio is of times taken in turn in one run; medians where a thing runs more than once. `--clock cpu`
+counts this process's work on the processor, which a busy machine changes little.
 """
 
 import argparse
@@ -28,6 +29,9 @@ from bigvision.routing.temporal import TemporalRouter, changed_pixels
 from tiling import open_raster
 
 REGION = 512
+CHANNELS, CELLS = 256, 256  # of the routed block
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+Timer = Callable[[], float]
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -88,71 +92,70 @@ def nothing(*_: object) -> None:
     """Results go nowhere: only computing is timed."""
 
 
-def run(router: SceneRouter, mask: NDArray[np.bool_]) -> float:
+def run(router: SceneRouter, mask: NDArray[np.bool_], clock: Timer) -> float:
     """Seconds of the cheap network everywhere but where all is full, and the full one on the mask."""
-    begun = time.perf_counter()
+    begun = clock()
     for box in router.blocks():
         if not mask.all():
             router.score(box, nothing)
     for rectangle in router.rectangles(mask, FULL):
         router.compute(FULL, rectangle, nothing)
-    return time.perf_counter() - begun
+    return clock() - begun
 
 
-def scene_curve(side: int, dtype: torch.dtype, max_side: int) -> None:
+def scene_curve(
+    side: int, dtype: torch.dtype, max_side: int, clock: Timer, shares: tuple[float, ...]
+) -> None:
     """All-full against routed scenes, end to end from pixels in memory."""
     cheap, full = networks(dtype)
     spec = RouteSpec("benchmark", region=REGION)
     router = SceneRouter(Noise(side), cheap, full, spec, max_pixels=max_side**2, dtype=dtype)
     router.trace()
     rows, cols = router.grid
-    shown = {int(f * 100): f for f in SHARES}
     print(f"\nScene of {side} x {side}, regions of {REGION}, {dtype}, rectangles of at most {max_side} px")
     everything = np.ones((rows, cols), bool)
     router.compute(FULL, router.rectangles(everything, FULL)[0], nothing)  # warms up
-    dense = run(router, everything)
-    print(f"all full: {dense:.1f} s, {side * side / dense / 1e6:.2f} Mpx/s")
-    print(
-        f"{'in full':>8} {'layout':>10} {'regions':>8} {'rectangles':>10} {'seconds':>8} {'faster':>7} {'FLOPs':>6}"
-    )
+    dense = run(router, everything, clock)
+    print(f"all full: {dense:.1f} s, {side * side / dense / 1e6:.2f} Mpx/s", flush=True)
+    print(" in full     layout  regions rectangles  seconds  faster  FLOPs")
     for layout in (compact, scattered):
-        for share in shown.values():
+        for share in shares:
             if share == 1 or (layout is scattered and share not in (0.05, 0.25, 0.5)):
                 continue
             mask = layout(rows, cols, share)
-            took = run(router, mask)
+            took = run(router, mask, clock)
             plan = router.plan(np.where(mask, FULL, CHEAP).astype(np.int16))
             print(
                 f"{mask.mean():8.0%} {layout.__name__:>10} {mask.sum():8d} "
-                f"{len(router.rectangles(mask, FULL)):10d} {took:8.1f} {dense / took:6.2f}x {plan.share:6.0%}"
+                f"{plan.experts[FULL].rectangles:10d} {took:8.1f} {dense / took:6.2f}x {plan.share:6.0%}",
+                flush=True,
             )
 
 
-def routed_block(dtype: torch.dtype) -> None:
+def routed_block(dtype: torch.dtype, clock: Timer) -> None:
     """A block inside a network: regions of 32 x 32 cells, the halo of one convolution, against dense."""
     torch.manual_seed(0)
-    block = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()).eval()
+    block = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.ReLU()).eval()
     block.to(dtype=dtype, memory_format=torch.channels_last)
-    x = torch.randn(1, 64, 512, 512).to(dtype=dtype, memory_format=torch.channels_last)
-    side = 512 // 32
-    print(f"\nRouted block: 64 channels, {side} x {side} regions of 32 x 32 cells, {dtype}")
-    print(f"{'in full':>8} {'layout':>10} {'ms':>8} {'dense ms':>9} {'faster':>7}")
+    x = torch.randn(1, CHANNELS, CELLS, CELLS).to(dtype=dtype, memory_format=torch.channels_last)
+    side = CELLS // 32
+    print(f"\nRouted block: {CHANNELS} channels, {side} x {side} regions of 32 x 32 cells, {dtype}")
+    print(" in full     layout       ms  dense ms  faster")
     for layout in (compact, scattered):
         for share in SHARES:
             mask = torch.from_numpy(layout(side, side, share)).flatten()
             gate = Gate(Told(torch.stack([~mask, mask], 1).float() * 4), straight=True)
-            skip = Skip(64).to(dtype)
+            skip = Skip(CHANNELS).to(dtype)
             router = RegionRouter(gate, {"skip": skip, "full": block}, 32, features=nothing_seen)
             with torch.no_grad():
                 decision = router.decide(x)
                 router.compute(x, decision)
-                took = seconds(lambda r=router, d=decision: r.compute(x, d), repeats=7)
-                dense = seconds(lambda: block(x), repeats=7)
-            print(
-                f"{share:8.0%} {layout.__name__:>10} {took * 1e3:8.1f} {dense * 1e3:9.1f} {dense / took:6.2f}x"
-            )
+                took = seconds(lambda r=router, d=decision: r.compute(x, d), repeats=5, clock=clock)
+                dense = seconds(lambda: block(x), repeats=5, clock=clock)
+            times = f"{took * 1e3:8.1f} {dense * 1e3:9.1f} {dense / took:6.2f}x"
+            print(f"{mask.float().mean():8.0%} {layout.__name__:>10} {times}", flush=True)
     with torch.no_grad():
-        moved(x, block)
+        moved(x, block, clock)
 
 
 def nothing_seen(x: Tensor, region: int) -> Tensor:
@@ -167,23 +170,25 @@ class Identity(nn.Module):
         return x.relu()
 
 
-def moved(x: Tensor, block: nn.Module) -> None:
+def moved(x: Tensor, block: nn.Module, clock: Timer) -> None:
     """Deciding, cutting and pasting 25 % of the regions, against the dense expert (four convolutions)."""
     side = x.shape[-1] // 32
     mask = torch.from_numpy(compact(side, side, 0.25)).flatten()
     gate = Gate(Told(torch.stack([~mask, mask], 1).float() * 4), straight=True)
-    skip = Skip(64).to(x.dtype)
-    router = RegionRouter(gate, {"skip": skip, "full": Identity()}, 32, channels=64, features=nothing_seen)
+    skip = Skip(CHANNELS).to(x.dtype)
+    router = RegionRouter(
+        gate, {"skip": skip, "full": Identity()}, 32, channels=CHANNELS, features=nothing_seen
+    )
     decision = router.decide(x)
-    took = seconds(lambda: router.compute(x, decision), repeats=7)
-    dense = seconds(lambda: block(block(block(block(x)))), repeats=3)
+    took = seconds(lambda: router.compute(x, decision), repeats=5, clock=clock)
+    dense = seconds(lambda: block(block(block(block(x)))), repeats=3, clock=clock)
     print(
         f"dispatch and combine of 25 %: {took * 1e3:.1f} ms, {took / dense:.1%} of a dense expert of four "
         f"convolutions ({dense * 1e3:.1f} ms)"
     )
 
 
-def revisits(folder: Path) -> None:
+def revisits(folder: Path, timer: Timer) -> None:
     """The NAIP dates: an identical revisit, one changed patch, and real ones."""
     torch.manual_seed(0)
     network = small_unet(4, 5, width=32).eval()
@@ -196,14 +201,16 @@ def revisits(folder: Path) -> None:
 
     first = image(2012)
     router(first)
-    clock: Callable[[Callable[[], object]], float] = lambda function: seconds(function, repeats=3)  # noqa: E731
+
+    def clock(function: Callable[[], object]) -> float:
+        return seconds(function, repeats=3, clock=timer)
+
     everything = clock(lambda: router(first))
     visit = router(first).visit
     again = router(first.clone(), visit)
     took = clock(lambda: router(first, visit))
-    print(
-        f"identical: {again.reused:.0%} reused, {everything / took:.0f}x faster ({everything:.2f} s, {took:.3f} s)"
-    )
+    times = f"{everything / took:.0f}x faster ({everything:.2f} s, {took:.3f} s)"
+    print(f"identical: {again.reused:.0%} reused, {times}")
     patch = first.clone()
     patch[:, 300:364, 400:464] = 1 - patch[:, 300:364, 400:464]
     found, expected = router(patch, visit), router(patch).visit.output
@@ -220,9 +227,9 @@ def revisits(folder: Path) -> None:
         for tolerance in (0.0, 0.1, 0.2, 0.3, 0.5, 0.7):
             revisit = router(later, before, tolerance=tolerance)
             wrong = float((revisit.visit.output.argmax(0) != exact.argmax(0)).float().mean())
-            print(
-                f"  tolerance {tolerance:.1f}: {1 - revisit.reused:4.0%} recomputed, {wrong:6.2%} of classes differ"
-            )
+            work = f"{1 - revisit.reused:4.0%} recomputed"
+            work = f"{1 - revisit.reused:4.0%} recomputed"
+            print(f"  tolerance {tolerance:.1f}: {work}, {wrong:6.2%} of classes differ", flush=True)
 
 
 def main() -> None:
@@ -234,17 +241,28 @@ def main() -> None:
     parser.add_argument("--side", type=int, help="of the scene, instead")
     parser.add_argument("--max-side", type=int, default=2048, help="of a rectangle computed at once")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--clock", default="wall", choices=tuple(CLOCKS))
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the scene in full")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--only", choices=("scene", "block", "revisits"))
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
-    print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
+    clock = CLOCKS[args.clock]
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    print(
+        f"{torch.get_num_threads()} threads, {args.clock} clock, load {os.getloadavg()[0]:.1f}, "
+        f"torch {torch.__version__}"
+    )
     naip = Path(__file__).parents[2] / "shared" / "data" / "rasters" / "naip"
     if args.only in (None, "block"):
-        routed_block(dtype)
+        routed_block(dtype, clock)
     if args.only in (None, "scene"):
-        scene_curve(args.side or (8192 if args.full_size else 2048), dtype, args.max_side)
+        scene_curve(
+            args.side or (8192 if args.full_size else 2048), dtype, args.max_side, clock, tuple(args.shares)
+        )
     if args.only in (None, "revisits") and naip.is_dir():
-        revisits(naip)
+        revisits(naip, clock)
 
 
 if __name__ == "__main__":

@@ -27,38 +27,58 @@ class _Cut(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, places: Sequence[Place]) -> Tensor:
         ctx.places, ctx.shape = places, x.shape
         first = places[0][1]
-        out = _empty((len(places), x.shape[1], first.height, first.width), x)
+        out = _empty((len(places), x.shape[1], first.height, first.width), x, x.dtype)
         for row, place in zip(out, places, strict=True):
             row.copy_(_view(x, place))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return paste(ctx.shape, [(grad, ctx.places)]), None
+        return paste(ctx.shape, [(grad, ctx.places)], like=grad), None
 
 
 class _Paste(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, shape: Sequence[int], placed: Sequence[Sequence[Place]], *pieces: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        shape: Sequence[int],
+        like: Tensor,
+        alone: bool,
+        placed: Sequence[Sequence[Place]],
+        *pieces: Tensor,
+    ) -> Tensor:
         ctx.placed = placed
-        out = _empty(shape, pieces[0]).zero_()
+        covered = sum(box.area for places in placed for _, box in places)
+        whole = alone and covered == shape[0] * shape[2] * shape[3]
+        out = (_empty if whole else _zeros)(shape, like, pieces[0].dtype)
         for batch, places in zip(pieces, placed, strict=True):
             for piece, place in zip(batch, places, strict=True):
-                _view(out, place).add_(piece)
+                _view(out, place).copy_(piece) if alone else _view(out, place).add_(piece)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[2:]
+        wanted = ctx.needs_input_grad[4:]
         found = zip(ctx.placed, wanted, strict=True)
-        return None, None, *(cut(grad, places) if need else None for places, need in found)
+        return None, None, None, None, *(cut(grad, places) if need else None for places, need in found)
 
 
-def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
+def _empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory of this shape in the layout of `like`."""
-    last = not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
-    form = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=form)
+    form = torch.channels_last if _by_pixels(like) else torch.contiguous_format
+    return torch.empty(tuple(shape), dtype=dtype, device=like.device, memory_format=form)
+
+
+def _zeros(shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros of this shape in the layout of `like`; what is never written costs no memory."""
+    if not _by_pixels(like):
+        return torch.zeros(*shape, dtype=dtype, device=like.device)
+    batch, channels, height, width = shape
+    return torch.zeros(batch, height, width, channels, dtype=dtype, device=like.device).permute(0, 3, 1, 2)
+
+
+def _by_pixels(like: Tensor) -> bool:
+    return not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
 
 
 def cut(x: Tensor, places: Sequence[Place]) -> Tensor:
@@ -70,7 +90,21 @@ def cut(x: Tensor, places: Sequence[Place]) -> Tensor:
     return windows
 
 
-def paste(shape: Sequence[int], pieces: Sequence[tuple[Tensor, Sequence[Place]]]) -> Tensor:
-    """An image [B, C, H, W] of zeros to which batches of windows are added, each at its places."""
-    image: Tensor = _Paste.apply(shape, [places for _, places in pieces], *(batch for batch, _ in pieces))
+def paste(
+    shape: Sequence[int],
+    pieces: Sequence[tuple[Tensor, Sequence[Place]]],
+    *,
+    like: Tensor,
+    alone: bool = False,
+) -> Tensor:
+    """An image [B, C, H, W] of zeros to which batches of windows are added, each at its places.
+
+    Args:
+        shape: of the image.
+        pieces: windows [N, C, h, w] and their N places; at least one piece.
+        like: whose memory layout the image gets.
+        alone: no two windows overlap: they are copied.
+    """
+    placed = [places for _, places in pieces]
+    image: Tensor = _Paste.apply(shape, like, alone, placed, *(batch for batch, _ in pieces))
     return image

@@ -289,7 +289,7 @@ class RegionRouter(nn.Module):
         unweighted = self.gate.straight and not (weights.requires_grad and torch.is_grad_enabled())
         for e, one in enumerate(self.known):
             mask = decision.mask(e)
-            if not mask.any():
+            if not mask.any() or _gives_zero(one.module):
                 continue
             program = one.program(*size)
             for batch in self._batches(mask, program, size):
@@ -297,7 +297,8 @@ class RegionRouter(nn.Module):
                 y = program.run(cut(x, read), batch[0][2].alike)
                 pieces += self._kept(y, batch, None if unweighted else weights[..., e], size)
         full = (len(x), self.out_channels, *(int(side / self.scale) for side in size))
-        return paste(full, pieces) if pieces else x.new_zeros(full)
+        alone = int(decision.gated.mask.sum(1).max()) <= 1
+        return paste(full, pieces, like=x, alone=alone) if pieces else x.new_zeros(full)
 
     def _batches(self, mask: NDArray[np.bool_], program: Program, size: tuple[int, int]) -> list[list[Any]]:
         """(image, rectangle, job) of windows that are alike, as many together as max_pixels allows."""
@@ -361,6 +362,13 @@ class RegionRouter(nn.Module):
         return [
             p for one, n in zip(self.known, counts, strict=True) if not n for p in one.module.parameters()
         ]
+
+
+def _gives_zero(module: nn.Module) -> bool:
+    """Whether an expert adds nothing to zeros and learns nothing."""
+    if not isinstance(module, Skip) or (module.values.requires_grad and torch.is_grad_enabled()):
+        return False
+    return not bool(module.values.any())
 
 
 def _alike(alike: Any) -> Any:

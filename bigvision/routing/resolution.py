@@ -114,7 +114,7 @@ class MixedResolution(nn.Module):
             y = program.run(cut(x, [read for read, _ in places]), jobs[key].alike)
             pieces.append((y, [at for _, at in places]))
         size = (len(x), one.shape.channels, *x.shape[-2:])
-        return paste(size, pieces) if pieces else x.new_zeros(size)
+        return paste(size, pieces, like=x, alone=True) if pieces else x.new_zeros(size)
 
     def _seen(self, made: Sequence[Tensor], level: Tensor, k: int) -> Tensor:
         """The whole map at resolution k: a region's own values, or its neighbour's brought to it."""
