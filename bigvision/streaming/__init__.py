@@ -8,6 +8,7 @@ result = sm.backward(scene, labels, CrossEntropy(ignore_index=255))   # exact gr
 from bigvision.streaming.backward import BackwardResult, Budget
 from bigvision.streaming.checkpoints import BudgetError, CheckpointPlan, Scratch
 from bigvision.streaming.model import StreamedModel
+from bigvision.streaming.segments import CheckpointedSegments, checkpoint_segments
 from bigvision.streaming.tape import NonFiniteError
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "Budget",
     "BudgetError",
     "CheckpointPlan",
+    "CheckpointedSegments",
     "NonFiniteError",
     "Scratch",
     "StreamedModel",
+    "checkpoint_segments",
 ]

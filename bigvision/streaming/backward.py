@@ -10,9 +10,11 @@ Legend: H, W rows and columns of the scene; K classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
@@ -23,6 +25,7 @@ from bigvision.streaming.checkpoints import CheckpointPlan, Scratch, plan_checkp
 from bigvision.streaming.footprint import step_bytes
 from bigvision.streaming.losses import Loss
 from bigvision.streaming.losses import Sums as LossSums
+from bigvision.streaming.memory import freed_memory_kept
 from bigvision.streaming.program import Pass, Program
 from bigvision.streaming.scan import Lines, StepResult, step
 from bigvision.streaming.schedule import schedule
@@ -71,13 +74,19 @@ class Budget:
 
     Attributes:
         rows: image rows a step; None: planned.
-        memory: bytes; None: every state is kept in memory.
+        memory: bytes on top of what the process holds already; None: every state is kept in memory.
         scratch: where states may be spilled.
     """
 
     rows: int | None = None
     memory: int | None = None
     scratch: Scratch | None = None
+
+    def beside_the_process(self) -> Budget:
+        """The same, where `memory` was meant for the whole process: less what it holds now."""
+        if self.memory is None:
+            return self
+        return replace(self, memory=max(self.memory - psutil.Process(os.getpid()).memory_info().rss, 0))
 
 
 @dataclass
@@ -129,13 +138,24 @@ def backward(
     scene = Scene(
         program, image, rows, loss, plans, schedules, budget.scratch, active_nodes(program), size or (0, 0)
     )
+    gradients, tally = Gradients(), _Tally()
+    with freed_memory_kept():
+        value, held = _walk_all(scene, tally, gradients)
+    assert tally.sums is not None
+    _accumulate(program, gradients)
+    moments = _moments(program, held)
+    return BackwardResult(value, tally.sums, tally.pixels, tally.confusion, plans, moments)
+
+
+def _walk_all(scene: Scene, tally: _Tally, gradients: Gradients) -> tuple[float, Held]:
+    """Every pass down, then every pass back in reverse: the loss, and the last held values."""
     helds, sums = _statistics(scene)
-    gradients, tally, value = Gradients(), _Tally(), None
-    last = len(plans) - 1
-    if size is None:
+    value = None
+    last = len(scene.plans) - 1
+    if scene.image_level:
         value = _seed_answer(scene, helds[-1], tally, gradients)
     for index in range(last, -1, -1):
-        if index == last and size is not None:
+        if index == last and not scene.image_level:
             value = _back_through_output(scene, helds[last], tally, gradients)
         else:
             seeds = _back_through_held(scene, index, helds[index], sums[index], gradients)
@@ -143,10 +163,7 @@ def backward(
                 _back_through_statistics(scene, index, helds[index], sums[index], seeds, gradients)
     _back_through_weights(scene, gradients)
     assert value is not None
-    assert tally.sums is not None
-    _accumulate(program, gradients)
-    moments = _moments(program, helds[-1])
-    return BackwardResult(value, tally.sums, tally.pixels, tally.confusion, plans, moments)
+    return value, helds[-1]
 
 
 def plan_backward(program: Program, dtype: torch.dtype, budget: Budget) -> tuple[CheckpointPlan, ...]:
@@ -196,11 +213,22 @@ def _plan_pass(program: Program, walk: Pass, dtype: torch.dtype, budget: Budget)
 
 
 def _weights(scene: Scene) -> Held:
-    image = scene.image
+    """The parameters in their own precision: what is computed from them and from statistics is, too."""
     return {
-        node: tensor.detach().to(image.device, image.dtype if tensor.is_floating_point() else None)
-        for node, tensor in scene.program.traced.tensors.items()
+        node: tensor.detach().to(scene.image.device) for node, tensor in scene.program.traced.tensors.items()
     }
+
+
+def _narrowed(scene: Scene, held: Held) -> Held:
+    """Held values in the precision and layout that rows are computed in (moments stay as they are)."""
+
+    def narrowed(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        layout = torch.channels_last if value.ndim == 4 else torch.preserve_format
+        return value.to(dtype=scene.image.dtype, memory_format=layout)
+
+    return {node: narrowed(value) for node, value in held.items()}
 
 
 @torch.no_grad()
@@ -212,8 +240,9 @@ def _statistics(scene: Scene) -> tuple[list[Held], list[dict[fx.Node, Sums]]]:
         sums: dict[fx.Node, Sums] = {}
         if walk.statistics:
             lines: Lines = {}
+            held = _narrowed(scene, helds[-1])
             for t in range(scene.schedules[index].steps):
-                done = step(walk, scene.schedules[index], t, scene.rows(index, t), lines, helds[-1])
+                done = step(walk, scene.schedules[index], t, scene.rows(index, t), lines, held)
                 lines = done.lines
                 for node, part in done.sums.items():
                     sums[node] = program.statistics[node].merge(sums[node], part) if node in sums else part
@@ -239,6 +268,7 @@ def _back_through_output(scene: Scene, held: Held, tally: _Tally, gradients: Gra
     """The last pass: down with the loss's sums, then back with their gradient."""
     index = len(scene.plans) - 1
     walk, plan = scene.program.passes[index], scene.schedules[index]
+    held = _narrowed(scene, held)
 
     def add(done: StepResult) -> None:
         counted = None if done.output is None else scene.counted(done.output, done.row)
@@ -334,6 +364,7 @@ def _back_through_statistics(
 ) -> None:
     """A pass that only takes statistics, from below, seeded with the gradients of their sums."""
     walk, plan = scene.program.passes[index], scene.schedules[index]
+    held = _narrowed(scene, held)
     with StateStack(scene.plans[index].on_disk, scene.scratch) as stack:
         walk_down(scene, index, held, stack, None)
         leaves = leaves_of(held, scene.active)
@@ -355,7 +386,7 @@ def _back_through_weights(scene: Scene, gradients: Gradients) -> None:
 def _moments(program: Program, held: Held) -> tuple[SceneMoments, ...]:
     """What every batch norm in training mode saw, in the order of the graph."""
     return tuple(
-        SceneMoments(module_path(node), *held[node], statistic.count)
+        SceneMoments(module_path(node), held[node][0], held[node][1], statistic.count)
         for node, statistic in program.statistics.items()
         if operator_name(node) == "_native_batch_norm_legit" and isinstance(statistic, Moments)
     )

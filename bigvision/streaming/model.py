@@ -67,7 +67,7 @@ class StreamedModel:
         """What a stream over a scene takes."""
         program, flops = self._inference, pass_flops(self._inference)
         try:
-            training = plan_backward(self.program, self.dtype, self.budget)
+            training = plan_backward(self.program, self.dtype, self.budget.beside_the_process())
         except BudgetError:
             training = None
         return StreamPlan(
@@ -106,7 +106,9 @@ class StreamedModel:
         `budget` replaces the model's own.
         """
         image = ImageRows(source, self.shape, self.program.traced.shape[1:], self.dtype, self.device)
-        return backward(self.program, image, target, loss, mask=mask, budget=budget or self.budget)
+        return backward(
+            self.program, image, target, loss, mask=mask, budget=budget or self.budget.beside_the_process()
+        )
 
     def _cropped(self, row: int, y: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Without the rows and columns that only the padding gave."""

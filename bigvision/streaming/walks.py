@@ -36,6 +36,11 @@ class Scene:
     active: set[fx.Node]
     size: tuple[int, int]
 
+    @property
+    def image_level(self) -> bool:
+        """The network gives one answer for the image."""
+        return self.program.output not in self.program.stages
+
     def rows(self, index: int, t: int) -> Tensor:
         """The image rows that step `t` of pass `index` takes."""
         pace = self.schedules[index].made[self.program.passes[index].stages[0].node]
