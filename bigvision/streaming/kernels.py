@@ -138,10 +138,12 @@ def _transposed_convolution(node: fx.Node, flow: Flow) -> Kernel:
 
     def run(values: Values, span: Span) -> Tensor:
         x = values(args["input"])
-        start = span.read[0]
+        # Result rows that no input row reaches need rows of zeros on either side of those that exist.
+        start = min(span.read[0], (span.a + padding[0]) // stride)
         reach = span.b + padding[0] - start * stride  # rows of the unpadded result that are wanted
-        missing = max(-(-(reach - (kernel - 1) * dilation - 1) // stride) + 1, 1) - x.shape[-2]
-        x = F.pad(x, (0, 0, 0, max(missing, 0)))
+        above = span.read[0] - start
+        missing = max(-(-(reach - (kernel - 1) * dilation - 1) // stride) + 1, 1) - above - x.shape[-2]
+        x = F.pad(x, (0, 0, above, max(missing, 0)))
         bias = None if args["bias"] is None else values(args["bias"])
         y = F.conv_transpose2d(
             x,

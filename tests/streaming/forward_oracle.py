@@ -1,0 +1,62 @@
+"""Streamed outputs of a network, in both forms of the row step, to hold against the whole image's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from bigvision.streaming.forward import forward, weights_as
+from bigvision.streaming.program import Program
+from bigvision.streaming.scan import Lines, step
+from bigvision.streaming.schedule import schedule
+from bigvision.streaming.source import ImageRows
+from bigvision.streaming.statistics import Sums
+
+CPU = torch.device("cpu")
+
+
+def in_place(program: Program, image: Tensor, rows: int) -> Tensor:
+    """The output by the inference step, whose buffers are written in place; rows come gapless and in order."""
+    source = ImageRows(image, tuple(image.shape), tuple(image.shape[1:]), image.dtype, CPU)  # type: ignore[arg-type]
+    pieces = list(forward(program, source, rows))
+    if program.output not in program.stages:
+        return pieces[0][1]
+    axis, following = program.stages[program.output].axis, 0
+    for row, y in pieces:
+        assert row == following
+        following += y.shape[axis]
+    return torch.cat([y for _, y in pieces], axis)
+
+
+def pure(program: Program, image: Tensor, rows: int) -> Tensor:
+    """The output by the pure step, the one that is differentiated."""
+    held: dict[fx.Node, Any] = program.finish({}, weights_as(program, image.dtype, CPU))
+    outputs: list[Tensor] = []
+    for walk in program.passes:
+        plan = schedule(walk, rows)
+        lines: Lines = {}
+        sums: dict[fx.Node, Sums] = {}
+        pace = plan.made[walk.stages[0].node]
+        for t in range(plan.steps):
+            fresh = image[None, :, int(pace[t]) : int(pace[t + 1])]
+            result = step(walk, plan, t, fresh, lines, held)
+            lines = result.lines
+            for node, part in result.sums.items():
+                sums[node] = program.statistics[node].merge(sums[node], part) if node in sums else part
+            if result.output is not None:
+                outputs.append(result.output)
+        assert not lines, "rows are kept behind the end"
+        held = program.finish(sums, held)
+    if program.output not in program.stages:
+        return held[program.output]
+    return torch.cat(outputs, program.stages[program.output].axis)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """The greatest difference, relative to the greatest magnitude."""
+    assert found.shape == expected.shape, f"{tuple(found.shape)} for {tuple(expected.shape)}"
+    assert found.dtype == expected.dtype, f"{found.dtype} for {expected.dtype}"
+    scale = float(expected.abs().max().clamp_min(1e-6)) if expected.numel() else 1.0
+    return float((found - expected).abs().max()) / scale if expected.numel() else 0.0
