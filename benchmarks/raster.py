@@ -197,6 +197,9 @@ def main() -> None:
             for name in options.peers:
                 measured, logits = run(scene, name, dtype, options.tile)
                 error, flipped = compare(logits, exact)
+                print(
+                    name, dtype, f"{measured['seconds']:.1f} s", f"{flipped:.3%}", file=sys.stderr, flush=True
+                )
                 table.add_row(
                     name,
                     dtype,

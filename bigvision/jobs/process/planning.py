@@ -26,6 +26,7 @@ _CORES = (4096, 3584, 3072, 2560, 2048, 1536, 1024, 768, 512, 384, 256, 128, 64,
 # Resident in a process that has loaded torch (its CUDA build alone 650 MiB) and a network. A constant, not a
 # measurement, so that one command always cuts alike.
 _BASE = 1000 * 2**20
+_WORKER = 600 * 2**20  # the same of a worker, whose libraries are those of the first process
 _SCRATCH = 1.4  # kernels' scratch and the heap's fragments, on top of the results themselves (measured)
 
 
@@ -109,7 +110,7 @@ def _plan_stream(
     processes = options.workers or 1
     each = (options.memory_bytes - _coordinator(options)) // processes
     strip = _STRIP_BYTES * 4 * max(1, kind.channels // kind.bands)
-    fixed = _BASE + CACHE_BYTES + 2 * analysis.parameter_bytes + strip + shape[1] * shape[2] // 8
+    fixed = _base(options) + CACHE_BYTES + 2 * analysis.parameter_bytes + strip + shape[1] * shape[2] // 8
     tall = min(whole, band + 2 * halo)
     for step in _STEPS:
         rows = max(step, analysis.stride)
@@ -146,7 +147,7 @@ def _plan_tiles(
 ) -> Plan:
     processes = options.workers or 1
     each = (options.memory_bytes - _coordinator(options)) // processes
-    forecast = _Forecast(shape, kind, analysis, precision.dtype)
+    forecast = _Forecast(shape, kind, analysis, precision.dtype, _base(options))
     halo, exactness = _halo(analysis, options)
     whole = max(padded_size(shape[1], shape[2], analysis.stride))
     if analysis.inexact and options.halo is None:
@@ -158,7 +159,7 @@ def _plan_tiles(
                 "--halo N accepts an approximation"
             )
     else:
-        tile = options.tile or _best_core(shape, analysis.stride, halo, each, forecast)
+        tile = options.tile or _best_core(shape, analysis.stride, halo, each, forecast, processes)
     predicted = forecast(tile, halo) * processes + _coordinator(options)
     if predicted > options.memory_bytes:
         raise ValueError(
@@ -181,10 +182,12 @@ def _plan_tiles(
 class _Forecast:
     """Peak bytes of one process by tile and halo."""
 
-    def __init__(self, shape: tuple[int, int, int], kind: ResultKind, analysis: Analysis, dtype: str) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], kind: ResultKind, analysis: Analysis, dtype: str, base: int
+    ) -> None:
         self.shape, self.stride = shape, analysis.stride
         half = 0.5 if dtype == "bfloat16" else 1.0
-        self.fixed = _BASE + CACHE_BYTES + 2 * analysis.parameter_bytes
+        self.fixed = base + CACHE_BYTES + 2 * analysis.parameter_bytes
         # A unit's pixels stand there as read, masked and normalised; its results as logits and converted.
         self.padded = analysis.bytes_per_pixel * _SCRATCH * half + TilesEngine.at_once * shape[0] * 12
         written = kind.bands * np.dtype(kind.dtype).itemsize
@@ -209,8 +212,10 @@ def _halo(analysis: Analysis, options: Options) -> tuple[int, str]:
     return halo, "exact"
 
 
-def _best_core(shape: tuple[int, int, int], stride: int, halo: int, budget: int, forecast: _Forecast) -> int:
-    """The core with the least pixels to compute among those that fit; of equals the smallest."""
+def _best_core(
+    shape: tuple[int, int, int], stride: int, halo: int, budget: int, forecast: _Forecast, processes: int
+) -> int:
+    """The core with which the work is done first among those that fit; of equals the smallest."""
     fitting = [core for core in _CORES if forecast(core, halo) <= budget]
     if not fitting:
         raise ValueError(
@@ -219,9 +224,16 @@ def _best_core(shape: tuple[int, int, int], stride: int, halo: int, budget: int,
         )
 
     def computed(core: int) -> float:
-        return TileGrid(shape[1], shape[2], core, halo, stride).overhead
+        """Pixels computed by the busiest process, of which there are as many as ask for work."""
+        grid = TileGrid(shape[1], shape[2], core, halo, stride)
+        return grid.overhead * -(-len(grid) // processes) / len(grid)
 
     return min(sorted(fitting), key=computed)
+
+
+def _base(options: Options) -> int:
+    """Bytes of a process that computes, before it does."""
+    return _BASE if options.workers is None else _WORKER
 
 
 def _coordinator(options: Options) -> int:

@@ -7,12 +7,13 @@ import psutil
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process and all its descendants."""
+    """Resident memory of this process and all its descendants; the libraries that they share count once."""
     here = psutil.Process()
     total = here.memory_info().rss
     for child in here.children(recursive=True):
         try:
-            total += child.memory_info().rss
+            held = child.memory_info()
+            total += held.rss - getattr(held, "shared", 0)  # file-backed pages; only Linux tells
         except psutil.NoSuchProcess:  # it ended meanwhile
             continue
     return total
