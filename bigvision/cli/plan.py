@@ -1,6 +1,7 @@
 """`bigvision plan`: what a network over a scene would take, before any work."""
 
 import json as json_format
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ from bigvision.cli.process import DType, Engine, Output, numbers
 
 if TYPE_CHECKING:
     from bigvision.jobs.plan import RasterPlan
+    from bigvision.jobs.process.options import Options
 
 
 def plan(
@@ -31,6 +33,9 @@ def plan(
     ] = None,
     dtype: Annotated[DType, typer.Option(help="auto: bfloat16 where the classes agree.")] = DType.auto,
     workers: Annotated[int | None, typer.Option(help="Local worker processes.")] = None,
+    route: Annotated[
+        Path | None, typer.Option(metavar="ROUTE.toml", help="Predict the cost of this route, too.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(metavar="REPORT", help="Write the plan for programs.")] = None,
     trust_model: Annotated[bool, typer.Option("--trust-model", help="Load a .pt2.")] = False,
 ) -> None:
@@ -58,8 +63,23 @@ def plan(
     limit = 0 if scratch_limit is None else parse_bytes(scratch_limit)
     found = job(scene, options, scratch_limit=limit)
     typer.echo(text(found))
+    if route is not None:
+        typer.echo(_route_line(scene, replace(options, route=route, tile=None, halo=None, workers=None)))
     if json is not None:
         json.write_text(json_format.dumps(found.record(), indent=1) + "\n")
+
+
+def _route_line(scene: str, options: "Options") -> str:
+    """What `bigvision process --route` would cost."""
+    from bigvision.jobs.process.route_forecast import forecast_route
+
+    compact, scattered = forecast_route(scene, options)
+    unpaid = "" if compact.pays else ": it would not pay"
+    return (
+        f"{'routed':<17}{compact.share:.0%} of the full network everywhere if the full regions lie together, "
+        f"{scattered.share:.0%} if scattered{unpaid} ({compact.regions} regions, "
+        f"{compact.experts[1].regions} of them in full)"
+    )
 
 
 def text(found: "RasterPlan") -> str:
