@@ -1,25 +1,56 @@
-"""Spatial, temporal and instance-wise routing: the gate applied to regions of a raster."""
+"""Spatial, temporal and instance-wise routing: the gate applied to regions of a raster.
+
+See ``docs/routing.md``.
+"""
 
 from bigvision.routing.boxes import Box
 from bigvision.routing.experts import LowRes, RegionExpert, Skip
+from bigvision.routing.grids import GridError, check_same_grid, grid_shift, resampled
+from bigvision.routing.instance import EarlyExit, InstanceRouter, SlimBlock, WidthRouter
 from bigvision.routing.latency import seconds
 from bigvision.routing.merging import Rectangle, merge
+from bigvision.routing.pixel import PixelRefiner, entropy, margin
 from bigvision.routing.plan import ExpertPlan, RoutePlan
+from bigvision.routing.record import RouteRecord, load_record
 from bigvision.routing.region import Decision, RegionRouter, region_statistics
+from bigvision.routing.resolution import MixedResolution
+from bigvision.routing.route_file import RouteSpec, load_route
+from bigvision.routing.scene import SceneRouter
 from bigvision.routing.selection import BudgetedTopOne
+from bigvision.routing.temporal import Revisited, TemporalRouter, Visit
 
 __all__ = [
     "Box",
     "BudgetedTopOne",
     "Decision",
+    "EarlyExit",
     "ExpertPlan",
+    "GridError",
+    "InstanceRouter",
     "LowRes",
+    "MixedResolution",
+    "PixelRefiner",
     "Rectangle",
     "RegionExpert",
     "RegionRouter",
+    "Revisited",
     "RoutePlan",
+    "RouteRecord",
+    "RouteSpec",
+    "SceneRouter",
     "Skip",
+    "SlimBlock",
+    "TemporalRouter",
+    "Visit",
+    "WidthRouter",
+    "check_same_grid",
+    "entropy",
+    "grid_shift",
+    "load_record",
+    "load_route",
+    "margin",
     "merge",
     "region_statistics",
+    "resampled",
     "seconds",
 ]

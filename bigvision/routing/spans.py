@@ -14,16 +14,9 @@ from typing import Any
 from torch import fx
 
 from bigvision.graph import Layout, TracedGraph
-from bigvision.graph.flow import (
-    INTERPOLATIONS,
-    Flow,
-    arguments,
-    flows,
-    pad_mode,
-    pair,
-    resample_factors,
-    streaming_inputs,
-)
+from bigvision.graph.arguments import INTERPOLATIONS, arguments, pad_mode, pair, resample_factors
+from bigvision.graph.flow import flows, streaming_inputs
+from bigvision.graph.layout import Flow
 from bigvision.graph.trace import describe, operator_name, result_shape
 
 _SIZED = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "expand", "unsqueeze", "squeeze")

@@ -7,8 +7,9 @@ that at tolerance 0 the result is, bit by bit, that of recomputing everything in
 Legend: C channels, K output channels, H, W rows and columns, R, S rows and columns of regions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bigvision.routing.boxes import Box
-from bigvision.routing.experts import RegionExpert
+from bigvision.routing.experts import Program, RegionExpert
+
+Windows = Callable[[int, int], tuple[Box, Any, Box]]
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,8 @@ class TemporalRouter(nn.Module):
         Args:
             image: as the network sees it.
             previous: absent: everything is computed.
-            tolerance: largest difference of a channel that counts as none.
+            tolerance: largest difference of a channel that counts as none. Above 0 compare every visit with
+                one that was computed in full: small changes add up along a chain of visits.
 
         Raises:
             ValueError: a previous visit of another size, type or maker, or a negative tolerance.
@@ -173,13 +177,15 @@ class TemporalRouter(nn.Module):
         stride = self.known.shape.stride
         return functional.pad(image, (0, -image.shape[2] % stride, 0, -image.shape[1] % stride))
 
-    def _windows(self, image: Tensor):  # type: ignore[no-untyped-def]
+    def _windows(self, image: Tensor) -> tuple[list[list[Box]], tuple[Program, Windows]]:
+        """What each region reads, and how to compute it: its read box, what makes it alike, its own box."""
         if image.dim() != 3 or image.shape[0] != self.known.channels or 0 in image.shape:
             raise ValueError(f"the image must be [{self.known.channels}, H, W], got {list(image.shape)}")
-        size = tuple(self._padded(image[:1]).shape[1:])
+        height, width = self._padded(image[:1]).shape[1:]
+        size = (height, width)
         program = self.known.program(*size)
 
-        def job(row: int, col: int) -> tuple[Box, object, Box]:
+        def job(row: int, col: int) -> tuple[Box, Any, Box]:
             box = Box(row, col, row + 1, col + 1).scaled(self.region).clipped(*size)
             found = program.job(box)
             return found.read, found.alike, box

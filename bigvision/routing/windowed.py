@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from bigvision.graph import TracedGraph
+from bigvision.graph.arguments import INTERPOLATIONS, arguments
 from bigvision.graph.cost import flops
-from bigvision.graph.flow import INTERPOLATIONS, arguments
 from bigvision.graph.trace import operator_name, result_shape
 from bigvision.routing.boxes import Box
 from bigvision.routing.spans import Cut, Interval, Windows

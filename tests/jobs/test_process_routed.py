@@ -96,6 +96,8 @@ def test_bad_routes_are_refused_before_work(tmp_path: Path, pixels: np.ndarray) 
     good = options(tmp_path, 0.25)
     with pytest.raises(ValueError, match="leave out --workers"):
         run_scene((scene,), target, replace(good, workers=2))
+    with pytest.raises(ValueError, match="leave out --engine tiles"):
+        run_scene((scene,), target, replace(good, engine="tiles"))
     with pytest.raises(ValueError, match=r"ROUTE\.toml.*1\.25"):
         run_scene((scene,), target, options(tmp_path, 1.25))
     good = options(tmp_path, 0.25)

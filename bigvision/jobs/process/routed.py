@@ -53,6 +53,8 @@ def route_of(options: Options) -> RouteSpec:
     for name in ("workers", "scheduler", "halo", "tile", "compile", "previous"):
         if getattr(options, name) not in (None, False):
             raise ValueError(f"--route computes in regions of its own, in this process: leave out --{name}")
+    if options.engine != "auto":
+        raise ValueError(f"--route has an engine of its own: leave out --engine {options.engine}")
     return load_route(options.route)
 
 
