@@ -6,9 +6,10 @@ cost(traced)                                 # parameters, FLOPs, activation byt
 """
 
 from bigvision.graph.cost import Cost, OperatorCost, cost
-from bigvision.graph.flow import Flow, Layout, UnsupportedOperatorError, flows
+from bigvision.graph.flow import flows
 from bigvision.graph.fold import fold_batch_norm
 from bigvision.graph.geometry import Geometry, geometry, padded_size, trace_padded
+from bigvision.graph.layout import Flow, Layout, UnsupportedOperatorError
 from bigvision.graph.trace import TracedGraph, UntraceableError, trace
 
 __all__ = [

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from bigvision.graph.flow import arguments
+from bigvision.graph.arguments import arguments
 from bigvision.graph.trace import TracedGraph, module_path, operator_name, result_shape
 
 

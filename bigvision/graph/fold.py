@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from bigvision.graph.flow import arguments
+from bigvision.graph.arguments import arguments
 from bigvision.graph.trace import TracedGraph, operator_name
 
 

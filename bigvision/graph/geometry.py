@@ -15,7 +15,8 @@ from fractions import Fraction
 
 from torch import fx, nn
 
-from bigvision.graph.flow import Flow, flows, streaming_inputs
+from bigvision.graph.flow import flows, streaming_inputs
+from bigvision.graph.layout import Flow
 from bigvision.graph.trace import TracedGraph, describe, result_shape, trace
 
 # A size that the strides of all common networks divide; nothing is computed, so it costs nothing.

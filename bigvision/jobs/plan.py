@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from bigvision.graph.cost import Cost, cost
-from bigvision.graph.flow import UnsupportedOperatorError
 from bigvision.graph.geometry import trace_padded
+from bigvision.graph.layout import UnsupportedOperatorError
 from bigvision.graph.trace import TracedGraph, UntraceableError
 from bigvision.jobs.process.geometry import analyse
 from bigvision.jobs.process.network import Network, load_network, network_spec

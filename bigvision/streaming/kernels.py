@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from bigvision.graph.axes import AxisMap
-from bigvision.graph.flow import (
+from bigvision.graph.arguments import (
     INTERPOLATIONS,
-    Flow,
     arguments,
     convolution_padding,
     pad_mode,
     pair,
     resample_factors,
 )
+from bigvision.graph.axes import AxisMap
+from bigvision.graph.layout import Flow
 from bigvision.graph.resampling import Taps, area_taps, interpolate_columns, interpolation_taps, resample_rows
 from bigvision.graph.trace import operator_name, result_shape
 

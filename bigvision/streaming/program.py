@@ -13,8 +13,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from bigvision.graph.arguments import arguments
 from bigvision.graph.axes import AxisMap
-from bigvision.graph.flow import Flow, arguments, flows, refusal, streaming_inputs
+from bigvision.graph.flow import flows, streaming_inputs
+from bigvision.graph.layout import Flow, refusal
 from bigvision.graph.trace import TracedGraph, operator_name, result_shape
 from bigvision.streaming.kernels import Kernel, Span, Values, kernel_for, span_of
 from bigvision.streaming.statistics import NORMALISATIONS, Statistic, normalise, statistic_for
@@ -99,7 +101,7 @@ class Program:
 
     def _pass(self, index: int, final: bool) -> Pass:
         statistics = tuple(one for node, one in self.statistics.items() if self.levels[node] == index + 1)
-        wanted = {one.source for one in statistics}
+        wanted = {one.source for one in statistics} | {self.traced.image}  # the image sets the pace
         output = self.stages.get(self.output) if final else None
         if output is not None:
             wanted.add(output.node)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from bigvision.graph.flow import arguments
+from bigvision.graph.arguments import arguments
 from bigvision.graph.resampling import area_bins
 from bigvision.graph.trace import describe, operator_name, result_shape
 
@@ -239,9 +239,7 @@ def statistic_for(node: fx.Node, source: fx.Node) -> Statistic:
     return kinds.get(name, Moments)(node, source)
 
 
-NORMALISATIONS = frozenset(
-    ("group_norm", "native_group_norm", "instance_norm", "_native_batch_norm_legit")
-)
+NORMALISATIONS = frozenset(("group_norm", "native_group_norm", "instance_norm", "_native_batch_norm_legit"))
 
 
 def normalise(node: fx.Node, x: Tensor, moments: tuple[Tensor, Tensor], weight: Any, bias: Any) -> Tensor:

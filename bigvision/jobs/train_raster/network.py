@@ -6,8 +6,8 @@ Shapes: C bands, K classes, H and W rows and columns.
 import torch
 from torch import Tensor, nn
 
-from bigvision.graph.flow import UnsupportedOperatorError
 from bigvision.graph.geometry import geometry
+from bigvision.graph.layout import UnsupportedOperatorError
 from bigvision.graph.trace import UntraceableError, trace
 from bigvision.jobs.train_raster.options import TrainOptions
 from bigvision.models.spec import load_model

@@ -1,0 +1,91 @@
+"""Operators that move, merge, split or cut axes: the rows must stay an axis of their own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import fx
+
+from bigvision.graph import axes
+from bigvision.graph.layout import Flow, Layout, refusal
+from bigvision.graph.rules.registry import layout_of, moved_layout, negative, pulled, rule
+from bigvision.graph.trace import result_shape
+
+
+@rule("permute", "transpose", "t", "movedim")
+def _permuted(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
+    layout = layout_of(source)
+    ndim = len(result_shape(node))
+    if "dims" in args:
+        order = [dim % ndim for dim in args["dims"]]
+    else:
+        order = list(range(ndim))
+        a, b = args.get("dim0", 0) % ndim, args.get("dim1", 1) % ndim
+        order[a], order[b] = order[b], order[a]
+
+    def moved(position: int | None) -> int | None:
+        return None if position is None else order.index(position + ndim) - ndim
+
+    return Flow(moved_layout(moved(layout.rows), moved(layout.cols)))
+
+
+@rule("unsqueeze", "squeeze")
+def _squeezed(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
+    return _viewed(node, args, source)
+
+
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten")
+def _viewed(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
+    layout = layout_of(source)
+    before, after = result_shape(args["self"]), result_shape(node)
+    rows = _carried(before, after, layout.rows)
+    if rows is None:
+        raise refusal(node, f"its view from {before} to {after} merges rows with another axis")
+    cols = None if layout.cols is None else _carried(before, after, layout.cols)
+    return Flow(Layout(rows, cols), local_columns=cols is not None)
+
+
+def _carried(before: tuple[int, ...], after: tuple[int, ...], axis: int) -> int | None:
+    """The axis of `after` that is exactly axis `axis` of `before`, if there is one."""
+    inner, size = math.prod(before[len(before) + axis + 1 :]), before[axis]
+    return next(
+        (
+            q
+            for q in range(-1, -len(after) - 1, -1)
+            if after[q] == size and math.prod(after[len(after) + q + 1 :]) == inner
+        ),
+        None,
+    )
+
+
+@rule("expand")
+def _expanded(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
+    return Flow(source.layout)
+
+
+@rule("select")
+def _selected(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
+    layout = layout_of(source)
+    axis = negative(args["dim"], result_shape(args["self"]))
+    if axis == layout.rows:
+        raise refusal(node, "it picks one row of the image")
+    rows = pulled(layout.rows, axis)
+    assert rows is not None
+    return Flow(
+        Layout(rows, None if axis == layout.cols else pulled(layout.cols, axis)),
+        local_columns=axis != layout.cols,
+    )
+
+
+@rule("slice")
+def _sliced(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
+    layout = layout_of(source)
+    before, after = result_shape(args["self"]), result_shape(node)
+    axis = negative(args["dim"], before)
+    if axis not in (layout.rows, layout.cols):
+        return Flow(layout)
+    start = args["start"] or 0
+    start = max(start + before[axis], 0) if start < 0 else min(start, before[axis])
+    kept = axes.sliced(before[axis], start, args["step"], after[axis])
+    return Flow(layout, rows=kept) if axis == layout.rows else Flow(layout, cols=kept)

@@ -1,0 +1,86 @@
+"""Operators whose row i reads row i of their inputs: elementwise ones and those along another axis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from bigvision.graph.layout import Flow, refusal
+from bigvision.graph.rules.registry import layout_of, moved_layout, pulled, pushed, rule
+from bigvision.graph.trace import operator_name, result_shape
+
+
+@rule(
+    "hardswish",
+    "log_sigmoid",
+    "prelu",
+    "rsub",
+    "masked_fill",
+    "_to_copy",
+    "to",
+    "contiguous",
+    "clone",
+    "alias",
+)
+@rule(
+    "dropout", "native_dropout", "detach", "lift_fresh_copy", "type_as", "relu6", "feature_dropout", "rrelu"
+)
+@rule(
+    "_native_batch_norm_legit_no_training", "batch_norm", "where", "channel_shuffle", "native_channel_shuffle"
+)
+def pointwise(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
+    """Elementwise operators, broadcasting included."""
+    layout = layout_of(source)
+    value = node.meta["val"]
+    if not isinstance(value, list | tuple) and value.ndim > _widest_input(node):
+        raise refusal(node, "it broadcasts rows against another axis")
+    return Flow(layout)
+
+
+def _widest_input(node: fx.Node) -> int:
+    return max(len(result_shape(source)) for source in node.all_input_nodes)
+
+
+@rule("cat", "stack", "split", "split_with_sizes", "chunk", "unbind", "softmax", "_softmax", "log_softmax")
+@rule("_log_softmax", "cumsum", "glu", "flip", "softmin")
+def _along_an_axis(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
+    layout = layout_of(source)
+    name = operator_name(node)
+    ndim = len(result_shape(node.all_input_nodes[0]))
+    given = args["dims"] if name == "flip" else [args["dim"]]
+    new_axis = 1 if name == "stack" else 0
+    along = {dim if dim < 0 else dim - ndim - new_axis for dim in given}
+    if name == "stack":  # a new axis at or behind the rows pushes them to the left
+        (axis,) = along
+        return Flow(moved_layout(pushed(layout.rows, axis), pushed(layout.cols, axis)))
+    if layout.rows in along:
+        raise refusal(node, "it works along the rows")
+    if name == "unbind":
+        (axis,) = along
+        return Flow(moved_layout(pulled(layout.rows, axis), pulled(layout.cols, axis)))
+    return Flow(layout, local_columns=layout.cols not in along)
+
+
+@rule("linear", "layer_norm", "native_layer_norm", "rms_norm")
+def _over_the_last_axes(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
+    layout = layout_of(source)
+    count = len(args["normalized_shape"]) if "normalized_shape" in args else 1
+    if layout.rows >= -count:
+        raise refusal(node, "it mixes rows (GroupNorm(1, C) normalises over channels and space by phases)")
+    return Flow(layout, local_columns=layout.cols is None or layout.cols < -count)
+
+
+@rule("matmul")
+def _matmul(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
+    left, right = args["self"], args["other"]
+    layout = layout_of(source)
+    held_right = len(result_shape(right)) <= 2 and result_shape(left) != result_shape(right)
+    if not held_right or layout.rows == -1:
+        raise refusal(node, "it is attention over pixels")
+    return Flow(layout, local_columns=layout.cols != -1)
+
+
+@rule("bmm", "einsum", "baddbmm", "scaled_dot_product_attention")
+def _attention(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
+    raise refusal(node, "it is attention over pixels")
