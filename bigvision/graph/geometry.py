@@ -8,6 +8,7 @@ Legend: s total stride, h halo, both in input pixels.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from bigvision.graph.trace import TracedGraph, describe, result_shape, trace
 
 # A size that the strides of all common networks divide; nothing is computed, so it costs nothing.
 NOMINAL_SIZE = 1024
+# Most networks halve five times: where that guess holds, one trace is enough.
+LIKELY_STRIDE = 32
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,12 @@ def trace_padded(model: nn.Module, shape: tuple[int, int, int]) -> tuple[TracedG
     channels, height, width = shape
     if min(shape) < 1:
         raise ValueError(f"an image's shape is (channels, rows, columns), all positive, not {tuple(shape)}")
+    likely = (channels, *padded_size(height, width, LIKELY_STRIDE))
+    with contextlib.suppress(ValueError):  # it may refuse that size, or be refused at the right one
+        traced = trace(model, likely)
+        stride = total_stride(traced, flows(traced))
+        if (channels, *padded_size(height, width, stride)) == likely:
+            return traced, stride
     nominal = trace(model, (channels, NOMINAL_SIZE, NOMINAL_SIZE))
     stride = total_stride(nominal, flows(nominal))
     return trace(model, (channels, *padded_size(height, width, stride))), stride
