@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 from affine import Affine
 from numpy.typing import NDArray
 from rasterio.crs import CRS
+from rasterio.transform import array_bounds
+from rasterio.warp import transform_bounds, transform_geom
 from rasterio.windows import Window
 
 from tiling.errors import RasterError
@@ -54,7 +57,8 @@ def find_area(aoi: Geometry | str | Path, profile: Profile, name: str) -> Area:
         raise RasterError(f"{name}: has no CRS, so the area of interest {origin} can't be placed on it")
     crs = _crs_of(document, origin)
     if crs != profile.crs:
-        geometries = tuple(_reproject(geometry, crs, profile.crs) for geometry in geometries)
+        near = (_near(geometry, crs, profile) for geometry in geometries)
+        geometries = tuple(_reproject(geometry, crs, profile.crs) for geometry in near if geometry)
     window = _window_around(geometries, profile)
     if window is None:
         raise RasterError(f"{name}: the area of interest {origin} doesn't meet the raster")
@@ -92,9 +96,25 @@ def _geometries(document: Geometry, origin: str) -> Iterator[Geometry]:
         for geometry in document.get("geometries") or []:
             yield from _geometries(geometry, origin)
     elif kind in ("Polygon", "MultiPolygon"):
-        yield {"type": kind, "coordinates": document.get("coordinates")}
+        _check_rings(document, origin)
+        yield {"type": kind, "coordinates": document["coordinates"]}
     else:
         raise RasterError(f"{origin}: an area of interest is made of polygons, not of {kind!r}")
+
+
+def _check_rings(polygon: Geometry, origin: str) -> None:
+    """RasterError unless the coordinates are closed rings of finite points."""
+    try:
+        coordinates = polygon["coordinates"]
+        polygons = coordinates if polygon["type"] == "MultiPolygon" else [coordinates]
+        rings = [np.asarray([point[:2] for point in ring], float) for rings in polygons for ring in rings]
+        fine = all(len(rings) for rings in polygons) and bool(rings)
+        fine = fine and all(r.ndim == 2 and len(r) > 3 and bool(np.isfinite(r).all()) for r in rings)
+    except (KeyError, TypeError, ValueError, IndexError):
+        fine = False
+    if not fine:
+        text = str(polygon.get("coordinates"))
+        raise RasterError(f"{origin}: no rings of at least four points in this polygon: {text[:80]}")
 
 
 def _crs_of(document: Geometry, origin: str) -> CRS:
@@ -111,9 +131,41 @@ def _crs_of(document: Geometry, origin: str) -> CRS:
         raise RasterError(f"{origin}: unknown CRS {text!r}") from error
 
 
-def _reproject(geometry: Geometry, source: CRS, destination: CRS) -> Geometry:
-    from rasterio.warp import transform_geom
+def _near(geometry: Geometry, crs: CRS, profile: Profile) -> Geometry | None:
+    """What of a geometry is near the raster: projections turn far places into nonsense, or have no room for
+    them. None where nothing is."""
+    bounds = array_bounds(profile.shape[1], profile.shape[2], profile.transform)
+    left, bottom, right, top = transform_bounds(profile.crs, crs, *bounds)
+    if not (left < right and bottom < top and np.isfinite([left, bottom, right, top]).all()):
+        return geometry  # around the date line, where a box is no simple one
+    across, up = right - left, top - bottom
+    limits = ((0, left - across, 1), (0, right + across, -1), (1, bottom - up, 1), (1, top + up, -1))
+    polygons = geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
+    kept = []
+    for polygon in polygons:
+        rings = [[[float(x) for x in point[:2]] for point in ring] for ring in polygon]
+        for limit in limits:
+            rings = [_clip(ring, *limit) for ring in rings]
+        if rings[0]:
+            kept.append([ring for ring in rings if ring])
+    return {"type": "MultiPolygon", "coordinates": kept} if kept else None
 
+
+def _clip(ring: list[list[float]], axis: int, limit: float, sign: int) -> list[list[float]]:
+    """A closed ring cut at a line, one side of Sutherland and Hodgman 1974; empty where all is beyond."""
+    out: list[list[float]] = []
+    for (a, b), (da, db) in zip(
+        pairwise(ring), pairwise(sign * (point[axis] - limit) for point in ring), strict=True
+    ):
+        if da >= 0:
+            out.append(a)
+        if (da >= 0) != (db >= 0):
+            share = da / (da - db)
+            out.append([p + share * (q - p) for p, q in zip(a, b, strict=True)])
+    return [*out, out[0]] if out else []
+
+
+def _reproject(geometry: Geometry, source: CRS, destination: CRS) -> Geometry:
     polygons = geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
     dense = [[_densify(ring) for ring in polygon] for polygon in polygons]
     moved: Geometry = transform_geom(source, destination, {"type": "MultiPolygon", "coordinates": dense})
@@ -131,6 +183,8 @@ def _densify(ring: list[list[float]], pieces: int = 16) -> list[list[float]]:
 
 def _window_around(geometries: tuple[Geometry, ...], profile: Profile) -> Window | None:
     corners = []
+    if not geometries:
+        return None
     for geometry in geometries:
         multi = geometry["type"] == "MultiPolygon"
         for polygon in geometry["coordinates"] if multi else [geometry["coordinates"]]:

@@ -164,8 +164,14 @@ class Blender:
         *,
         convert: Callable[[NDArray[np.float32]], Array] | None = None,
     ) -> None:
-        """Write the means to a `ZarrWriter`, shard by shard; `convert` may take the argmax first."""
+        """Write the means to a `ZarrWriter`, shard by shard; `convert` may take the argmax first.
+
+        Raises ValueError where no tile was added over a pixel: it has no mean.
+        """
         for tile in destination.grid():
+            bare = int((np.asarray(self.weight[tile.core.toslices()]) == 0).sum())
+            if bare:
+                raise ValueError(f"{tile}: {bare} pixels that no added tile covers")
             mean = self.read(tile.core)
             destination.write(convert(mean) if convert else mean, tile.core)
 

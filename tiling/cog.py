@@ -185,16 +185,22 @@ def _write_draft(raster: Raster, draft: Path, plan: _Plan, progress: Callable[[f
 
 
 def _write_window(raster: Raster, file: Any, window: Window, plan: _Plan) -> None:
+    if plan.nodata is not None and _refills(raster, plan):
+        pixels = np.ma.asarray(raster.read(window, masked=True))
+        missing = np.ma.getmaskarray(pixels)
+        data = np.where(missing, plan.dtype.type(plan.nodata), convert(pixels.data, plan.dtype))
+        file.write(data, window=window)
+        return
     data = raster.read(window)
-    shown = None
-    if raster.has_mask or plan.nodata != raster.nodata:
-        shown = raster.mask(window, data=data)
-    data = convert(data, plan.dtype)
-    if shown is not None and plan.nodata is not None:
-        data = np.where(shown, data, plan.dtype.type(plan.nodata))
-    file.write(data, window=window)
+    file.write(convert(data, plan.dtype), window=window)
     if plan.masked:
-        file.write_mask(shown, window=window)
+        file.write_mask(raster.mask(window, data=data), window=window)
+
+
+def _refills(raster: Raster, plan: _Plan) -> bool:
+    """Whether missing pixels, band by band, take the nodata value only here."""
+    loses_nan = np.issubdtype(raster.dtype, np.floating) and not np.issubdtype(plan.dtype, np.floating)
+    return raster.has_mask or plan.nodata != raster.nodata or loses_nan
 
 
 def convert(data: Array, dtype: np.dtype[Any]) -> Array:

@@ -20,7 +20,7 @@ from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 
 from tiling.errors import RasterError
-from tiling.source import Array, Colormap, Handle, Profile, not_missing
+from tiling.source import Array, Colormap, Handle, Profile, holds, not_missing
 
 # Warping needs some CRS on both sides; where a raster has none, any projected one stands in.
 _ANY_CRS = CRS.from_epsg(3857)
@@ -76,10 +76,11 @@ class GdalSource:
 
     @cached_property
     def masked(self) -> bool:
-        """Whether any file has a mask or an alpha band that isn't read as data."""
+        """Whether any file has a mask, an alpha band that isn't data, or a nodata value of its own."""
         handle = GdalHandle(self)
         try:
-            return any(part.alpha is not None or part.has_mask for part in handle.parts)
+            own = {value for part in handle.parts for value in part.nodata if value == value}
+            return len(own) > 1 or any(part.alpha is not None or part.has_mask for part in handle.parts)
         finally:
             handle.close()
 
@@ -159,7 +160,7 @@ class GdalHandle:
             dtype=dtype,
             crs=crs,
             transform=first.dataset.transform,
-            nodata=next((value for value in nodata if value is not None), None),
+            nodata=_common_nodata(nodata, dtype),
             band_names=_band_names(self.parts),
             block_shape=first.dataset.block_shapes[0],
             colormap=_colormap(first.file) if len(self.place) == 1 else None,
@@ -236,6 +237,12 @@ def _checked_dtype(path: str, name: str) -> np.dtype[Any]:
     if name.startswith("complex"):
         raise RasterError(f"{path}: complex pixels ({name}) have no meaning here; split them into real bands")
     return np.dtype(name)
+
+
+def _common_nodata(values: list[float | None], dtype: np.dtype[Any]) -> float | None:
+    """The first value that pixels of the stack can have; where none can, the first all the same."""
+    given = [value for value in values if value is not None]
+    return next((value for value in given if holds(dtype, value)), given[0] if given else None)
 
 
 def _band_names(parts: list[_OpenPart]) -> tuple[str, ...]:

@@ -41,9 +41,8 @@ def check_free(path: Path, overwrite: bool) -> None:
 
 def publish(staging: Path, path: Path) -> None:
     """Flush `staging` to the disk and move it to `path`, replacing what is there."""
-    files = [staging] if staging.is_file() else [file for file in staging.rglob("*") if file.is_file()]
-    for file in files:
-        _flush(file)
+    for part in [staging, *staging.rglob("*")]:
+        _flush(part)
     old = None
     if path.is_dir() and not path.is_symlink():
         # A folder can't replace a full folder in one step: the old one makes room first.

@@ -150,7 +150,7 @@ class Raster:
 
     @property
     def has_mask(self) -> bool:
-        """Whether pixels can be missing for another reason than their value: a mask, alpha or area."""
+        """Whether pixels other than `nodata` can be missing: by mask, alpha, a band's own value, area."""
         return self._source.masked or (self._area is not None and self._area.geometry is not None)
 
     @property

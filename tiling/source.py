@@ -63,7 +63,8 @@ class Source(Protocol):
 
     @property
     def masked(self) -> bool:
-        """Whether a mask or alpha band, not only a value, can say that pixels are missing."""
+        """Whether anything but the profile's nodata value can say that pixels are missing: a mask, an alpha
+        band, another band's own value."""
 
     def open(self) -> Handle:
         """Open it here and now."""

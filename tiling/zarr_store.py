@@ -283,8 +283,7 @@ def to_zarr(
         grid = writer.grid()
         with gdal_cache():
             for done, tile in enumerate(grid, 1):
-                data = raster.read(tile.core)
-                shown = raster.mask(tile.core, data=data) if raster.has_mask else None
+                data, shown = _pixels(raster, tile.core)
                 writer.write(data, tile.core, mask=shown)
                 if progress is not None:
                     progress(done, len(grid))
@@ -292,6 +291,16 @@ def to_zarr(
     except BaseException:
         writer.discard()
         raise
+
+
+def _pixels(raster: Raster, window: Window) -> tuple[Array, NDArray[np.bool_] | None]:
+    """Pixels with the nodata value where a band has none; where there is no such value, pixels and mask."""
+    if not raster.has_mask:
+        return raster.read(window), None
+    if raster.nodata is not None:
+        return np.ma.filled(raster.read(window, masked=True), raster.nodata), None
+    data = raster.read(window)
+    return data, raster.mask(window, data=data)
 
 
 def create_level(

@@ -126,3 +126,13 @@ def test_rows_hold_no_more_than_later_tiles_need() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 20_000 * 64 * 4 / 8  # the whole raster's sums alone would be 5 MB
+
+
+def test_sums_with_a_gap_are_not_finished(tmp_path) -> None:
+    """Without this a gap would come out of an argmax as class 0."""
+    with Blender(1, 20, 20, tmp_path / "sums") as blender:
+        tile = TileGrid(20, 20, 10)[0]
+        blender.add(tile, np.ones((1, 10, 10)))
+        writer = create_zarr(tmp_path / "out.zarr", (1, 20, 20), "float32")
+        with pytest.raises(ValueError, match="300 pixels that no added tile covers"):
+            blender.finish(writer)

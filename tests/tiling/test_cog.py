@@ -196,3 +196,15 @@ def test_unfinished_work_lies_in_a_scratch_folder(write_tif, noise, tmp_path) ->
     to_cog(source, tmp_path / "out" / "a.tif", scratch=tmp_path / "work", progress=look)
     assert seen[:-1] == [[]] * (len(seen) - 1) and seen[-1] == ["a.tif"]
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_missing_pixels_stay_missing_band_by_band_in_another_type(write_tif, tmp_path) -> None:
+    data = np.full((2, 40, 50), 7.4, "float32")
+    data[0, :3], data[1, 4] = np.nan, -1
+    source = open_raster(write_tif(data, nodata=-1))
+    cog = to_cog(source, tmp_path / "other.tif", dtype="uint8", nodata=255)
+    expected = np.full((2, 40, 50), 7, "uint8")
+    expected[0, :3], expected[1, 4] = 255, 255
+    assert cog.nodata == 255 and np.array_equal(cog.read(), expected)
+    same = to_cog(open_raster(write_tif(data, "255.tif", nodata=255)), tmp_path / "same.tif", dtype="uint8")
+    assert (same.read()[0, :3] == 255).all()  # NaN is no data, though 255 was the nodata value all along

@@ -10,7 +10,7 @@ from rasterio.transform import from_origin
 from rasterio.warp import transform_geom
 from rasterio.windows import Window
 
-from tiling import RasterError, open_raster, to_zarr
+from tiling import RasterError, open_raster, to_cog, to_zarr
 
 UTM = "EPSG:32633"
 
@@ -248,3 +248,68 @@ def test_resampling_piece_by_piece_gives_the_same(write_tif, noise, tmp_path, mo
     whole, mask = raster.read(), raster.mask()
     monkeypatch.setattr("tiling.resample._MOST_PIXELS", 2000)
     assert np.array_equal(raster.read(), whole) and np.array_equal(raster.mask(), mask)
+
+
+@pytest.mark.parametrize("write", [to_zarr, to_cog])
+def test_bands_with_nodata_values_of_their_own_stay_missing_in_a_copy(
+    write_tif, noise, tmp_path, write
+) -> None:
+    """One file says 0, the other 255: the copy has one value, and no missing pixel turns into data."""
+    first, second = noise(1, 40, 50), noise(1, 40, 50)[:, ::-1]
+    first[0, :3], second[0, 5:9] = 0, 255
+    stack = open_raster([write_tif(first, "a.tif", nodata=0), write_tif(second, "b.tif", nodata=255)])
+    missing = np.ma.getmaskarray(stack.read(masked=True))
+    assert missing[0, :3].all() and missing[1, 5:9].all() and missing.sum() == 7 * 50
+    copy = write(stack, tmp_path / "copy.tif")
+    assert copy.nodata == 0
+    assert np.array_equal(np.ma.getmaskarray(copy.read(masked=True)), missing)
+    assert np.array_equal(copy.read(), np.where(missing, 0, stack.read()))
+
+
+def test_a_band_that_ends_earlier_is_missing_there_in_a_copy(write_tif, noise, tmp_path) -> None:
+    """The second file covers the left half only; without a nodata value of its own its rest isn't 0."""
+    whole, half = noise(1, 40, 50, "int16"), noise(1, 40, 25, "int16")
+    stack = open_raster([write_tif(whole, "a.tif", nodata=-1), write_tif(half, "b.tif")])
+    for copy in (to_zarr(stack, tmp_path / "copy.zarr"), to_cog(stack, tmp_path / "copy.tif")):
+        shown = ~np.ma.getmaskarray(copy.read(masked=True))
+        assert shown[0].all() and shown[1, :, :25].all() and not shown[1, :, 25:].any()
+
+
+def test_a_stack_takes_a_nodata_value_that_its_pixels_can_have(write_tif, noise) -> None:
+    paths = [write_tif(noise(1), f"{value}.tif", nodata=value) for value in (0,)]
+    wild = write_tif(noise(1), "wild.tif")
+    with rasterio.open(wild, "r+") as file:
+        file.nodata = 255
+    assert open_raster([wild, *paths]).nodata == 255
+
+
+@pytest.mark.parametrize(
+    "coordinates",
+    [None, [], [[]], [[[15, 45], [16, 45], [15, 45]]], [[["a", "b"]] * 4], 5, [[[15, float("nan")]] * 4]],
+)
+def test_a_polygon_without_rings_is_named(write_tif, noise, coordinates) -> None:
+    aoi = {"type": "Polygon", "coordinates": coordinates}
+    with pytest.raises(RasterError, match="no rings of at least four points"):
+        open_raster(write_tif(noise()), aoi=aoi)
+
+
+def test_an_area_as_large_as_the_world_takes_all_of_a_raster(write_tif, noise) -> None:
+    raster = open_raster(write_tif(noise()), aoi=box(-180, -90, 180, 90))
+    assert raster.shape == (3, 70, 90) and raster.mask().all()
+
+
+def test_a_large_area_with_a_hole_keeps_its_hole(write_tif, noise) -> None:
+    """A continent with a hole inside the raster: cut near the raster, the hole is that of a small area."""
+    around, hole = box(0, 30, 40, 60), in_degrees(box(500_200, 4_999_600, 500_400, 4_999_800))
+    ring = hole["coordinates"][0]
+    raster = open_raster(
+        write_tif(noise()), aoi={"type": "Polygon", "coordinates": [around["coordinates"][0], ring]}
+    )
+    shown = np.ones((70, 90), bool)
+    shown[20:40, 20:40] = False
+    assert np.array_equal(raster.mask(), shown)
+
+
+def test_an_area_on_the_other_side_of_the_world_meets_nothing(write_tif, noise) -> None:
+    with pytest.raises(RasterError, match="doesn't meet the raster"):
+        open_raster(write_tif(noise()), aoi=box(-170, -40, -160, -30))
