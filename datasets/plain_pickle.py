@@ -68,6 +68,7 @@ def load_plain(path: str | Path) -> Any:
         AttributeError,
         RecursionError,
         OverflowError,
+        MemoryError,  # a length that the damage made enormous
     ) as error:
         raise PlainPickleError(f"{path} is not a readable pickle: {type(error).__name__}: {error}") from error
     raise PlainPickleError(f"{path} ends before its pickle does")
