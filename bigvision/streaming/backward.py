@@ -23,6 +23,7 @@ from bigvision.graph.trace import module_path, operator_name, result_shape
 from bigvision.streaming.batch_norm import SceneMoments
 from bigvision.streaming.checkpoints import CheckpointPlan, Scratch, plan_checkpoints
 from bigvision.streaming.footprint import step_bytes
+from bigvision.streaming.held import Held, narrowed, weights_of
 from bigvision.streaming.losses import Loss
 from bigvision.streaming.losses import Sums as LossSums
 from bigvision.streaming.memory import freed_memory_kept
@@ -34,7 +35,6 @@ from bigvision.streaming.states import StateStack
 from bigvision.streaming.statistics import Moments, Sums
 from bigvision.streaming.tape import (
     Gradients,
-    Held,
     NonFiniteError,
     Seeded,
     TapedWalk,
@@ -212,35 +212,16 @@ def _plan_pass(program: Program, walk: Pass, dtype: torch.dtype, budget: Budget)
     return plan_checkpoints(choices, budget.memory, budget.scratch.limit if budget.scratch else 0)
 
 
-def _weights(scene: Scene) -> Held:
-    """The parameters in their own precision: what is computed from them and from statistics is, too."""
-    return {
-        node: tensor.detach().to(scene.image.device) for node, tensor in scene.program.traced.tensors.items()
-    }
-
-
-def _narrowed(scene: Scene, held: Held) -> Held:
-    """Held values in the precision and layout that rows are computed in (moments stay as they are)."""
-
-    def narrowed(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
-        layout = torch.channels_last if value.ndim == 4 else torch.preserve_format
-        return value.to(dtype=scene.image.dtype, memory_format=layout)
-
-    return {node: narrowed(value) for node, value in held.items()}
-
-
 @torch.no_grad()
 def _statistics(scene: Scene) -> tuple[list[Held], list[dict[fx.Node, Sums]]]:
     """Held values before every pass and after the last statistics, and every pass's sums."""
     program = scene.program
-    helds, taken = [program.finish({}, _weights(scene))], []
+    helds, taken = [program.finish({}, weights_of(scene.program, scene.image.device))], []
     for index, walk in enumerate(program.passes):
         sums: dict[fx.Node, Sums] = {}
         if walk.statistics:
             lines: Lines = {}
-            held = _narrowed(scene, helds[-1])
+            held = narrowed(helds[-1], scene.image.dtype)
             for t in range(scene.schedules[index].steps):
                 done = step(walk, scene.schedules[index], t, scene.rows(index, t), lines, held)
                 lines = done.lines
@@ -268,7 +249,7 @@ def _back_through_output(scene: Scene, held: Held, tally: _Tally, gradients: Gra
     """The last pass: down with the loss's sums, then back with their gradient."""
     index = len(scene.plans) - 1
     walk, plan = scene.program.passes[index], scene.schedules[index]
-    held = _narrowed(scene, held)
+    held = narrowed(held, scene.image.dtype)
 
     def add(done: StepResult) -> None:
         counted = None if done.output is None else scene.counted(done.output, done.row)
@@ -364,7 +345,7 @@ def _back_through_statistics(
 ) -> None:
     """A pass that only takes statistics, from below, seeded with the gradients of their sums."""
     walk, plan = scene.program.passes[index], scene.schedules[index]
-    held = _narrowed(scene, held)
+    held = narrowed(held, scene.image.dtype)
     with StateStack(scene.plans[index].on_disk, scene.scratch) as stack:
         walk_down(scene, index, held, stack, None)
         leaves = leaves_of(held, scene.active)
@@ -374,7 +355,7 @@ def _back_through_statistics(
 
 def _back_through_weights(scene: Scene, gradients: Gradients) -> None:
     """From what was computed of weights alone back to them."""
-    weights = _weights(scene)
+    weights = weights_of(scene.program, scene.image.device)
     leaves = leaves_of(weights, scene.active)
     with torch.enable_grad():
         made = scene.program.finish({}, leaves.values)

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from bigvision.streaming.buffers import Scanner
+from bigvision.streaming.held import narrowed, weights_of
 from bigvision.streaming.memory import freed_memory_kept
 from bigvision.streaming.program import Program
 from bigvision.streaming.schedule import schedule
 from bigvision.streaming.source import ImageRows
 from bigvision.streaming.statistics import Sums
-
-
-def weights_as(program: Program, dtype: torch.dtype, device: torch.device) -> dict[fx.Node, Tensor]:
-    """The program's weights in the precision and on the device that it computes with."""
-    return {node: _placed(tensor.detach(), dtype, device) for node, tensor in program.traced.tensors.items()}
-
-
-def _placed(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    placed = tensor.to(device, dtype if tensor.is_floating_point() else None)
-    return placed.contiguous(memory_format=torch.channels_last) if placed.ndim == 4 else placed
 
 
 def forward(program: Program, image: ImageRows, rows: int) -> Iterator[tuple[int, Tensor]]:
@@ -32,10 +22,10 @@ def forward(program: Program, image: ImageRows, rows: int) -> Iterator[tuple[int
     A network with one answer for the image yields it once, as row 0.
     """
     with freed_memory_kept():
-        held: dict[fx.Node, Any] = program.finish({}, weights_as(program, image.dtype, image.device))
+        held = program.finish({}, weights_of(program, image.device))
         for walk in program.passes:
             plan = schedule(walk, rows)
-            scanner = Scanner(walk, plan, held, image.dtype, image.device)
+            scanner = Scanner(walk, plan, narrowed(held, image.dtype), image.dtype, image.device)
             sums: dict[fx.Node, Sums] = {}
             pace = plan.made[walk.stages[0].node]
             row = 0

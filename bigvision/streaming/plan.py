@@ -65,11 +65,7 @@ def plan_rows(
     height, width = program.traced.shape[1:]
     if rows is not None and rows < 1:
         raise ValueError(f"a step takes at least 1 row of the image, not {rows}")
-    if rows is not None:
-        choices = [min(rows, height)]
-    else:
-        most = min(max(PIXELS_A_STEP // width // stride, 1) * stride, height)
-        choices = sorted({most >> shift or 1 for shift in range(most.bit_length())}, reverse=True)
+    choices = row_choices(height, width, stride) if rows is None else [min(rows, height)]
     process = psutil.Process(os.getpid()).memory_info().rss
     for choice in choices:
         peak = process + int(HEAP_SLACK * forward_bytes(program, choice, dtype))
@@ -80,6 +76,12 @@ def plan_rows(
         f"({choices[-1]} rows a step; {process / 2**30:.2f} GiB are the process's own), "
         f"more than the {memory / 2**30:.2f} GiB it may take"  # type: ignore[operator]
     )
+
+
+def row_choices(height: int, width: int, stride: int) -> list[int]:
+    """Image rows a step that are worth trying, the best first and each half of the one before, down to 1."""
+    most = min(max(PIXELS_A_STEP // width // stride, 1) * stride, height)
+    return [most >> shift for shift in range(most.bit_length())]
 
 
 def pass_flops(program: Program) -> list[int]:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from bigvision.streaming.held import Held
 from bigvision.streaming.program import Pass, Program, Stage
 from bigvision.streaming.scan import Lines, held_rows, no_rows
 from bigvision.streaming.schedule import Schedule
 from bigvision.streaming.statistics import Sums
 
-Held = dict[fx.Node, Any]
 """Weights, statistics and what is computed from them; values are tensors or tuples of them."""
 
 Seeded = list[tuple[Tensor, Tensor]]

@@ -20,8 +20,7 @@ from tiling import TileGrid, ZarrWriter
 from tiling.memory import CACHE_BYTES
 
 _STRIP_BYTES = 32 * 2**20  # of a streamed result that is stored at once
-_BAND = 4096  # rows of a streamed band: what a kill can cost against what its halo costs
-_STEPS = (64, 32, 16, 8)  # rows a step
+_BAND = 8192  # rows of a streamed band: what a kill can cost against what its halo costs
 _CORES = (4096, 3584, 3072, 2560, 2048, 1536, 1024, 768, 512, 384, 256, 128, 64, 32)
 # Resident in a process that has loaded torch (its CUDA build alone 650 MiB) and a network. A constant, not a
 # measurement, so that one command always cuts alike.
@@ -85,12 +84,11 @@ def plan_scene(
 ) -> Plan:
     """Choose the engine and the cut; ValueError where nothing exact can be cut, or nothing fits `--memory`.
 
-    `auto` takes tiles where they are exact (or approximate by `--halo`), and streams what needs whole rows or
-    the whole scene, which streaming does exactly.
+    `auto` streams whatever can be traced, since bands repeat less of their neighbours than tiles do; `--tile`
+    and `--halo` are words about tiles, and ask for them.
     """
-    if options.engine == "stream" or (
-        options.engine == "auto" and analysis.inexact and options.halo is None and analysis.source == "graph"
-    ):
+    tiled = options.tile is not None or options.halo is not None or analysis.source != "graph"
+    if options.engine == "stream" or (options.engine == "auto" and not tiled):
         return _plan_stream(shape, kind, analysis, options, precision, model)
     return _plan_tiles(shape, kind, analysis, options, precision)
 
@@ -106,17 +104,18 @@ def _plan_stream(
     if analysis.source != "graph":
         raise ValueError("--engine stream needs a network that can be traced; --engine tiles does not")
     whole = padded_size(shape[1], shape[2], analysis.stride)[0]
-    band, halo = (whole, 0) if analysis.inexact else (min(options.tile or _BAND, whole), analysis.halo)
     processes = options.workers or 1
+    if analysis.inexact:
+        band, halo = whole, 0
+    else:
+        band, halo = options.tile or min(_BAND, -(-whole // processes)), analysis.halo
+        band = min(-(-band // analysis.stride) * analysis.stride, whole)
     each = (options.memory_bytes - _coordinator(options)) // processes
     strip = _STRIP_BYTES * 4 * max(1, kind.channels // kind.bands)
     fixed = _base(options) + CACHE_BYTES + 2 * analysis.parameter_bytes + strip + shape[1] * shape[2] // 8
     tall = min(whole, band + 2 * halo)
-    for step in _STEPS:
-        rows = max(step, analysis.stride)
-        needed = fixed + int(
-            _SCRATCH * streamed_bytes(model, (shape[0], tall, shape[2]), rows, precision.dtype)
-        )
+    for choice in streamed_bytes(model, (shape[0], tall, shape[2]), precision.dtype):
+        rows, needed = choice[0], fixed + choice[1]
         if needed <= each:
             break
     else:

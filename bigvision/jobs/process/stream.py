@@ -20,9 +20,9 @@ from bigvision.jobs.process.engine import Piece
 from bigvision.jobs.process.network import Network
 from bigvision.jobs.process.scene import Scene
 from bigvision.streaming import StreamedModel
-from bigvision.streaming.footprint import state_bytes, tape_bytes
+from bigvision.streaming.footprint import forward_bytes
+from bigvision.streaming.plan import HEAP_SLACK, row_choices
 from bigvision.streaming.program import compile_program
-from bigvision.streaming.schedule import schedule
 from tiling import Tile
 
 
@@ -54,12 +54,12 @@ class StreamEngine:
                 yield Piece(window, logits[0, :, start - row : stop - row], source.valid(start, stop))
 
 
-def streamed_bytes(model: nn.Module, shape: tuple[int, int, int], rows: int, dtype: str) -> int:
-    """Line buffers and one step's results of `model` over an image [C, H, W], at their most."""
-    program = compile_program(trace_padded(model, shape)[0])
-    kind = getattr(torch, dtype)
-    plans = [(walk, schedule(walk, rows)) for walk in program.passes]
-    return max(int((state_bytes(w, p, kind)[1:] + tape_bytes(w, p, kind)).max()) for w, p in plans)
+def streamed_bytes(model: nn.Module, shape: tuple[int, int, int], dtype: str) -> Iterator[tuple[int, int]]:
+    """(image rows a step, bytes that streaming an image [C, H, W] so takes), the best choice first."""
+    traced, stride = trace_padded(model, shape)
+    program = compile_program(traced)
+    for rows in row_choices(*shape[1:], stride):
+        yield rows, int(HEAP_SLACK * forward_bytes(program, rows, getattr(torch, dtype)))
 
 
 @lru_cache(maxsize=4)
