@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
-from bigvision.streaming.forward import forward, weights_as
+from bigvision.streaming import StreamedModel
+from bigvision.streaming.forward import forward
 from bigvision.streaming.program import Program
 from bigvision.streaming.scan import Lines, step
 from bigvision.streaming.schedule import schedule
@@ -18,8 +20,9 @@ CPU = torch.device("cpu")
 
 
 def in_place(program: Program, image: Tensor, rows: int) -> Tensor:
-    """The output by the inference step, whose buffers are written in place; rows come gapless and in order."""
-    source = ImageRows(image, tuple(image.shape), tuple(image.shape[1:]), image.dtype, CPU)  # type: ignore[arg-type]
+    """The output by the inference step, whose buffers are written in place."""
+    channels, height, width = image.shape
+    source = ImageRows(image, (channels, height, width), (height, width), image.dtype, CPU)
     pieces = list(forward(program, source, rows))
     if program.output not in program.stages:
         return pieces[0][1]
@@ -32,7 +35,7 @@ def in_place(program: Program, image: Tensor, rows: int) -> Tensor:
 
 def pure(program: Program, image: Tensor, rows: int) -> Tensor:
     """The output by the pure step, the one that is differentiated."""
-    held: dict[fx.Node, Any] = program.finish({}, weights_as(program, image.dtype, CPU))
+    held: dict[fx.Node, Any] = program.finish({}, {n: w.detach() for n, w in program.traced.tensors.items()})
     outputs: list[Tensor] = []
     for walk in program.passes:
         plan = schedule(walk, rows)
@@ -60,3 +63,17 @@ def error(found: Tensor, expected: Tensor) -> float:
     assert found.dtype == expected.dtype, f"{found.dtype} for {expected.dtype}"
     scale = float(expected.abs().max().clamp_min(1e-6)) if expected.numel() else 1.0
     return float((found - expected).abs().max()) / scale if expected.numel() else 0.0
+
+
+def model_error(model: nn.Module, shape: tuple[int, int, int], rows: int) -> tuple[float, int]:
+    """(error, passes) of a float64 scene streamed through `StreamedModel`, padding included."""
+    model.double().eval()
+    image = torch.randn(shape, dtype=torch.float64)
+    streamed = StreamedModel(model, shape, rows=rows, dtype=torch.float64)
+    height, width = shape[1:]
+    with torch.no_grad():
+        whole = model(F.pad(image, (0, -width % streamed.stride, 0, -height % streamed.stride))[None])
+        whole = whole["out"] if isinstance(whole, dict) else whole
+        if whole.ndim == 4:
+            whole = whole[..., :height, :width]
+        return error(streamed(image), whole), len(streamed.program.passes)

@@ -47,7 +47,9 @@ class RandomGraph(nn.Module):
     def __init__(self, draw: random.Random, shape: tuple[int, int, int], depth: int) -> None:
         super().__init__()
         self.operators = nn.ModuleList()
-        self.precision = nn.Parameter(torch.zeros((), dtype=torch.float64))  # a graph has its parameters' dtype
+        self.precision = nn.Parameter(
+            torch.zeros((), dtype=torch.float64)
+        )  # a graph has its parameters' dtype
         self.reads: list[tuple[int, ...]] = []
         values = [torch.randn(1, *shape, dtype=torch.float64)]
         for _ in range(depth):

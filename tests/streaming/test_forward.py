@@ -1,0 +1,122 @@
+"""Streamed rows equal the whole image's, for random networks, sizes and rows per step."""
+
+import random
+
+import pytest
+import torch
+from forward_oracle import error, in_place, pure
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from random_graphs import RandomGraph
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bigvision.graph import fold_batch_norm, trace
+from bigvision.streaming import StreamedModel
+from bigvision.streaming.program import compile_program
+
+EXACT = 1e-10
+
+
+def streamed_equals_whole(seed: int) -> None:
+    """One random network of a random size: both forms of the row step, and the folded network."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+
+    def size() -> int:
+        return draw.choice([1, 2, 3, 5, *[draw.randint(4, 33) for _ in range(3)]])
+
+    shape = (draw.randint(1, 4), size(), size())
+    model = RandomGraph(draw, shape, draw.randint(1, 7)).double().eval()
+    image = torch.randn(shape, dtype=torch.float64)
+    program = compile_program(trace(model, shape))
+    folded = compile_program(fold_batch_norm(program.traced))
+    rows = [draw.randint(1, shape[1]) for _ in range(2)]
+    with torch.no_grad():
+        whole = model(image[None])
+        if not torch.isfinite(whole).all():
+            return
+        assert error(in_place(program, image, rows[0]), whole) <= EXACT
+        assert error(in_place(folded, image, rows[1]), whole) <= EXACT
+        assert error(pure(program, image, rows[1]), whole) <= EXACT
+
+
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(st.integers(0, 2**31))
+@example(114)  # a transposed convolution with rows that no input row reaches
+@example(145)  # a last pass that reads no image row
+@example(1093)  # a statistic of a spread statistic
+def test_random_networks(seed: int) -> None:
+    streamed_equals_whole(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@settings(max_examples=1500, suppress_health_check=list(HealthCheck))
+@given(st.integers(0, 2**31))
+def test_very_many_random_networks(seed: int) -> None:
+    streamed_equals_whole(seed)
+
+
+class Small(nn.Module):
+    """Stride 4, a skip, a global statistic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.down = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, 4, 1)
+        self.last = nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        deep = self.down(x)
+        deep = deep * deep.mean((2, 3), keepdim=True).sigmoid()
+        return self.last(torch.cat([x, F.interpolate(deep, scale_factor=4, mode="bilinear")], 1))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (2, 13, 7), (2, 16, 8), (2, 33, 1)])
+def test_scenes_are_padded_to_the_stride_and_cropped(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    model = Small().double().eval()
+    image = torch.randn(shape, dtype=torch.float64)
+    streamed = StreamedModel(model, shape, rows=3, dtype=torch.float64)
+    _, height, width = shape
+    with torch.no_grad():
+        whole = model(F.pad(image, (0, -width % 4, 0, -height % 4))[None])[..., :height, :width]
+        assert streamed.stride == 4
+        assert error(streamed(image), whole) <= EXACT
+        following = 0
+        for row, y in streamed.stream(image):
+            assert row == following
+            following += y.shape[-2]
+    assert following == height
+
+
+def test_a_source_of_another_shape_or_that_fails_is_named() -> None:
+    class Fails:
+        shape = (2, 16, 8)
+
+        def __getitem__(self, key: object) -> Tensor:
+            raise OSError("disk on fire")
+
+    class Shrinks(Fails):
+        def __getitem__(self, key: object) -> Tensor:
+            return torch.zeros(2, 1, 8)
+
+    streamed = StreamedModel(Small(), (2, 16, 8), rows=4)
+    with pytest.raises(ValueError, match=r"\(2, 15, 8\).*\(2, 16, 8\)"):
+        streamed(torch.zeros(2, 15, 8))
+    with pytest.raises(RuntimeError, match=r"rows 0\.\.4 .*disk on fire"):
+        streamed(Fails())
+    with pytest.raises(ValueError, match=r"rows 0\.\.4 .*did its shape change"):
+        streamed(Shrinks())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_precisions(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, image = Small().eval(), torch.randn(2, 32, 24)
+    with torch.no_grad():
+        whole = model(image[None])
+        found = StreamedModel(model, (2, 32, 24), rows=5, dtype=dtype)(image)
+    assert found.dtype == dtype
+    assert error(found.float(), whole) < (1e-5 if dtype == torch.float32 else 3e-2)
