@@ -119,6 +119,8 @@ def load_backbone(path: str | Path, spec: BackboneSpec | None = None) -> tuple[n
 
     Raises ValueError where the file is not readable, says nothing of itself, or doesn't fit.
     """
+    if not Path(path).exists():
+        raise ValueError(f"weights {path} do not exist")
     found = read_backbone_spec(path)
     if found is None and spec is None:
         raise ValueError(f"weights {path} don't say which backbone they are for: name it (iresnet50, ...)")

@@ -82,6 +82,25 @@ def test_it_hands_training_to_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen[0][-3:] == ["--evaluate", "bin:a", "bin:b"]
 
 
+def test_a_refused_run_ends_with_its_own_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Refused:
+        returncode = 1
+
+    def run(words: list[str], check: bool) -> Refused:
+        (tmp_path / "stopped.json").write_text('{"why": "nowhere is not a folder of identities"}')
+        return Refused()
+
+    monkeypatch.setattr(launch.subprocess, "run", run)
+    arguments = ["--data", "folder:nowhere", "--out", str(tmp_path)]
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
+        launch.launch(arguments, ranks=2, max_restarts=3)
+
+
+def test_weights_that_do_not_exist_are_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none\.safetensors do not exist"):
+        call("export", "--weights", tmp_path / "none.safetensors", "--out", tmp_path / "face.pt2")
+
+
 def test_it_is_mounted_beside_the_raster_commands() -> None:
     from bigvision.cli import app as whole
 

@@ -4,6 +4,7 @@ torchrun restarts no dead rank unless told to (`--max-restarts` is 0); here it i
 on from the last checkpoint.
 """
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,14 +22,22 @@ torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:
 
 
 def launch(arguments: Sequence[str], *, ranks: int, max_restarts: int) -> int:
-    """Run torchrun and return its exit status. Raises ValueError for impossible options before it starts."""
+    """Run torchrun and return its exit status.
+
+    Raises ValueError for impossible options before it starts, and with the run's own sentence where the run
+    was refused: torchrun's report of dead ranks would bury it.
+    """
     if "--help" in arguments or "-h" in arguments:
         print(HELP + "\n" + parser("bigvision face train").format_help())
         return 0
     if ranks < 1 or max_restarts < 0:
         raise ValueError(f"{ranks} ranks, {max_restarts} restarts")
-    parse(arguments, "bigvision face train")
-    return subprocess.run(command(arguments, ranks, max_restarts), check=False).returncode
+    marker = parse(arguments, "bigvision face train").out / "stopped.json"
+    marker.unlink(missing_ok=True)
+    status = subprocess.run(command(arguments, ranks, max_restarts), check=False).returncode
+    if status and marker.is_file():
+        raise ValueError(json.loads(marker.read_text())["why"])
+    return status
 
 
 def command(arguments: Sequence[str], ranks: int, max_restarts: int) -> list[str]:
