@@ -88,11 +88,23 @@ def _read(description: Sequence[int]) -> tuple[torch.dtype, tuple[int, ...]]:
 
 def _make_plan(x: Tensor, routing: Routing, experts: Sequence[Expert], group: Any) -> _Plan:
     """Tell all ranks the counts, and check on all of them at once that they agree."""
-    if len(x) != routing.num_tokens:
-        raise ValueError(f"the routing is of {routing.num_tokens} tokens, x has {list(x.shape)}")
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    head = [len(x), len(experts), routing.num_experts, *_describe(x)]
+    refusal: ValueError | None = None
+    described = [0] * (2 + _MAX_DIMS)
+    try:
+        if len(x) != routing.num_tokens:
+            raise ValueError(f"the routing is of {routing.num_tokens} tokens, x has {list(x.shape)}")
+        described = _describe(x)
+    except ValueError as error:  # told to the others, who would wait for this rank's word
+        refusal = error
+    head = [int(refusal is not None), len(x), len(experts), routing.num_experts, *described]
     heads = gather_integers(torch.tensor(head, device=x.device), group).tolist()
+    if refusal is not None:
+        raise refusal
+    refusing = [other for other, (refused, *_) in enumerate(heads) if refused]
+    if refusing:
+        raise ValueError(f"ranks {refusing} can't take part: their rows or their routing don't fit")
+    heads = [other[1:] for other in heads]
     if any(other[2:] != heads[0][2:] for other in heads):
         told = [(other[2], *_read(other[3:])) for other in heads]
         raise ValueError(f"ranks differ in experts, dtype or row shape: {told}")

@@ -5,7 +5,6 @@ Selection scores and combine weights part ways at once: noise, bias and stickine
 Legend: T tokens, D features, E experts.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from .noise import Noise
 from .normalize import Normalization, normalize
 from .routing import Priority, Routing, route
 from .scorers import RandomScorer
-from .selection import Selection, TopK
+from .selection import Selection, TopK, round_up
 from .sticky import StickyScores
 from .straight import straight_through
 
@@ -86,7 +85,7 @@ class Gate(nn.Module):
     ) -> None:
         super().__init__()
         selection = TopK(1) if selection is None else selection
-        if renormalize and isinstance(selection, TopK) and selection.k == 1:
+        if renormalize and isinstance(selection, TopK) and selection.final == 1:
             raise ValueError("renormalize at k = 1 makes every weight 1: the router would get no gradient")
         if renormalize and straight:
             raise ValueError("renormalize and straight both fix the weights: choose one")
@@ -178,4 +177,4 @@ class Gate(nn.Module):
     def _capacity(self, mask: Tensor) -> int | None:
         if self.capacity_factor is None:
             return None
-        return math.ceil(self.capacity_factor * int(mask.sum()) / mask.shape[1])
+        return round_up(self.capacity_factor * int(mask.sum()) / mask.shape[1])

@@ -37,7 +37,8 @@ def hash_codes(x: Tensor, planes: Tensor, bits: int) -> Tensor:
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         for top in range(0, len(x), _BLOCK):
             side = x[top : top + _BLOCK].to(planes.dtype) @ planes >= 0
-            codes[top : top + _BLOCK] = side.view(-1, tables, bits).to(planes.dtype) @ powers.to(planes.dtype)
+            # Float32 whatever the planes were cast to: bf16 sums of powers of two run together past 8 bits.
+            codes[top : top + _BLOCK] = side.view(-1, tables, bits).float() @ powers
     return codes
 
 

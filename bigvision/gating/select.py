@@ -28,6 +28,15 @@ def _check_masks(scores: Tensor, **masks: Tensor | None) -> None:
         )
 
 
+def _check_count(name: str, count: int | Tensor, rows: int) -> None:
+    """A number of at least 0, or int64 with one for each row."""
+    if isinstance(count, Tensor) and (count.dtype != torch.int64 or count.shape not in ((), (rows,))):
+        raise ValueError(f"{name} must be int64 [{rows}], got {count.dtype} {list(count.shape)}")
+    least = int(count.min()) if isinstance(count, Tensor) and count.numel() else count
+    if not isinstance(least, Tensor) and least < 0:
+        raise ValueError(f"{name} must be at least 0, got {least}")
+
+
 def _best(scores: Tensor, count: int | Tensor, free: Tensor | None) -> Tensor:
     """Mask of the ``count`` highest free scores of each row, ties to the lowest column.
 
@@ -79,8 +88,7 @@ def top_k(
     """
     _check_scores(scores)
     _check_masks(scores, force=force, allowed=allowed)
-    if isinstance(k, int) and k < 0:
-        raise ValueError(f"k must be at least 0, got {k}")
+    _check_count("k", k, len(scores))
     scores = scores.detach()
     if force is None and allowed is None:
         return _best(scores, k, None)
@@ -153,4 +161,5 @@ def expert_choice(scores: Tensor, capacity: int | Tensor, *, allowed: Tensor | N
     """
     _check_scores(scores)
     _check_masks(scores, allowed=allowed)
+    _check_count("capacity", capacity, scores.shape[1])
     return top_k(scores.t(), capacity, allowed=None if allowed is None else allowed.t()).t()

@@ -13,7 +13,7 @@ from .schedule import Anneal, value_at
 from .select import expert_choice, threshold, top_k
 
 
-def _round_up(value: float) -> int:
+def round_up(value: float) -> int:
     """Ceiling, but 0.07 * 100 is 7: a rounding error above is not a token more."""
     return math.ceil(value - 1e-9)
 
@@ -49,6 +49,11 @@ class TopK:
         if lowest < 0:
             raise ValueError(f"k must be at least 0, got {self.k}")
 
+    @property
+    def final(self) -> int:
+        """k when annealing is over."""
+        return round_up(self.k.end if isinstance(self.k, Anneal) else self.k)
+
     def select(
         self,
         scores: Tensor,
@@ -59,7 +64,7 @@ class TopK:
         previous: Tensor | None = None,
     ) -> Tensor:
         """Mask bool [T, E]; ``previous`` has no say."""
-        return top_k(scores, _round_up(value_at(self.k, step)), force=force, allowed=allowed)
+        return top_k(scores, round_up(value_at(self.k, step)), force=force, allowed=allowed)
 
 
 @dataclass(frozen=True)
@@ -120,5 +125,5 @@ class ExpertChoice:
         """Mask bool [T, E]; refuses ``force``, which would break the budget."""
         if force is not None:
             raise ValueError("expert choice takes no forced pairs: an expert's budget has no room for them")
-        capacity = _round_up(value_at(self.share, step) * len(scores))
+        capacity = round_up(value_at(self.share, step) * len(scores))
         return expert_choice(scores, capacity, allowed=allowed)

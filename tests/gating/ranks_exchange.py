@@ -188,6 +188,8 @@ def check_refusals(group: Group) -> None:
         if world > 1:
             assert "ranks differ in experts, dtype or row shape" in run([torch.square], DIM + (rank == 1))
             assert "differ in what they return" in run([lambda rows: rows[:, : 1 + rank]])
+            message = run([torch.square], mask=mask[: 2 - (rank == 1)])  # known to one rank alone
+            assert ("the routing is of 1 tokens" if rank == 1 else "ranks [1] can't take part") in message
             assert "ranks hold [2, 1" in run([torch.square] * (1 + (rank == 0)))
         assert run([torch.square]) == "no error"  # all still in step
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bigvision.gating import (
+    Anneal,
     BiasBalancer,
     ExpertChoice,
     Gate,
@@ -212,10 +213,19 @@ def test_straight_through_is_the_mask_with_the_gradient_of_probs(t: int, e: int)
     assert probs.grad is not None and torch.equal(probs.grad, upstream)
 
 
+def test_capacity_is_not_rounded_up_from_a_rounding_error() -> None:
+    """1.1 * 100 / 10 is 11.000000000000002 in floating point, and 11 to anyone who asks for it."""
+    logits = torch.zeros(100, 10)
+    gated = Gate(lambda x: x, TopK(1), capacity_factor=1.1)(logits)
+    assert gated.routing.counts.max() == 11
+
+
 def test_bad_input_is_refused_with_its_values() -> None:
     scorer = LinearScorer(3, 4)
     with pytest.raises(ValueError, match="renormalize at k = 1"):
         Gate(scorer, renormalize=True)
+    with pytest.raises(ValueError, match="renormalize at k = 1"):  # also where it ends up there
+        Gate(scorer, TopK(Anneal(4, 0.6, 100)), renormalize=True)
     with pytest.raises(ValueError, match="choose one"):
         Gate(scorer, TopK(2), renormalize=True, straight=True)
     with pytest.raises(ValueError, match="positive, got 0"):

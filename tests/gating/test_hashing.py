@@ -70,3 +70,12 @@ def test_bad_input_is_refused_with_its_values() -> None:
         HashScorer(3, 1, 25)
     with pytest.raises(ValueError, match=r"got \[2, 4\] and \[3, 6\]"):
         HashScorer(3, 2, 3).codes(torch.zeros(2, 4))
+
+
+def test_codes_are_exact_in_a_network_cast_to_bf16() -> None:
+    """Sixteen bits of a code don't fit a bf16 number: computed there, codes run together."""
+    scorer = HashScorer(8, 2, 16).bfloat16()
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(2)).bfloat16()
+    sides = (x @ scorer.planes >= 0).view(64, 2, 16).tolist()
+    expected = [[sum(bit << i for i, bit in enumerate(code)) for code in row] for row in sides]
+    assert scorer.codes(x).tolist() == expected

@@ -137,5 +137,13 @@ def test_masks_of_the_wrong_shape_or_dtype_are_refused() -> None:
         expert_choice(scores, 1, allowed=torch.ones(3, dtype=torch.bool))
     with pytest.raises(ValueError, match="k must be at least 0, got -1"):
         top_k(scores, -1)
+    with pytest.raises(ValueError, match="k must be at least 0, got -2"):
+        top_k(scores, torch.tensor([1, -2]))
+    with pytest.raises(ValueError, match=r"k must be int64 \[2\], got torch.int64 \[3\]"):
+        top_k(scores, torch.tensor([1, 1, 1]))
+    with pytest.raises(ValueError, match=r"capacity must be int64 \[3\], got torch.float32 \[3\]"):
+        expert_choice(scores, torch.ones(3))
+    with pytest.raises(ValueError, match="capacity must be at least 0, got -1"):
+        expert_choice(scores, torch.tensor([0, -1, 1]))
     with pytest.raises(ValueError, match=r"scores are float \[T, E\], got torch.int64 \[2\]"):
         top_k(torch.zeros(2, dtype=torch.int64), 1)
