@@ -26,7 +26,7 @@ AUGMENTATIONS = ("none", "flip", "light")
 
 @dataclass
 class Batch:
-    """One rank's part of a step. Labels of -1 fill a part that would be too small to normalise."""
+    """One rank's part of a step. Labels of -1 fill one that would be too small."""
 
     images: Tensor  # uint8 [b, 3, S, S]
     labels: Tensor  # int64 [b]
@@ -49,6 +49,8 @@ class TrainingBatches(Dataset[Batch]):
         seed: of the order and of the augmentation.
         size: S.
         augment: "none", "flip" (mirror half of the images) or "light" (also shift, scale, turn, brighten).
+        fewest: images of a rank at least, filled up where too many are damaged: enough for every part of a
+            batch that is passed in parts, as ranks with fewer parts than others would leave them waiting.
 
     Raises ValueError for an empty rank part, a batch larger than the source, or an unknown augmentation.
     """
@@ -63,10 +65,11 @@ class TrainingBatches(Dataset[Batch]):
         seed: int = 0,
         size: int = 112,
         augment: str = "flip",
+        fewest: int = FEWEST,
     ) -> None:
-        if batch_size < FEWEST * world:
+        if batch_size < fewest * world:
             raise ValueError(
-                f"a batch of {batch_size} leaves fewer than {FEWEST} images for each of {world} ranks"
+                f"a batch of {batch_size} leaves fewer than {fewest} images for each of {world} ranks"
             )
         if batch_size > len(source):
             raise ValueError(f"a batch of {batch_size} is more than the {len(source)} images there are")
@@ -79,6 +82,7 @@ class TrainingBatches(Dataset[Batch]):
             size,
             augment,
         )
+        self.fewest = fewest
         self.part = slice(batch_size * rank // world, batch_size * (rank + 1) // world)
         self.steps_per_epoch = len(source) // batch_size
 
@@ -88,7 +92,7 @@ class TrainingBatches(Dataset[Batch]):
         positions = np.arange(place * self.batch_size, (place + 1) * self.batch_size)[self.part]
         order = Permutation(len(self.source), self.seed, epoch)(positions)
         streams = [np.random.Philox(key=[self.seed, epoch], counter=[0, 0, 0, int(p) + 1]) for p in positions]
-        return read_batch(self.source, order, self.size, self.augment, streams)
+        return read_batch(self.source, order, self.size, self.augment, streams, self.fewest)
 
 
 def read_batch(
@@ -97,8 +101,9 @@ def read_batch(
     size: int,
     augment: str = "none",
     streams: list[np.random.Philox] | None = None,
+    fewest: int = 0,
 ) -> Batch:
-    """Read positions of a source into a batch, damaged records left out and named."""
+    """Read positions of a source into a batch of at least `fewest`, damaged records left out and named."""
     images: list[np.ndarray] = []
     labels: list[int] = []
     damaged: list[str] = []
@@ -115,7 +120,7 @@ def read_batch(
         images.append(image)
         labels.append(label)
         kept.append(number)
-    while streams is not None and len(images) < FEWEST:
+    while len(images) < fewest:
         images.append(np.full((size, size, 3), 127, np.uint8))
         labels.append(-1)
     stacked = np.stack(images) if images else np.empty((0, size, size, 3), np.uint8)

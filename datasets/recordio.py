@@ -182,6 +182,8 @@ class RecordFile:
                 return MAGIC_BYTES.join(parts), offset
 
     def _pread(self, offset: int, count: int) -> bytes:
+        if offset < 0:
+            return b""  # a damaged index; nothing is there
         if self._handle is None or self._handle[0] != os.getpid():
             self._handle = (os.getpid(), self.path.open("rb", buffering=0))
         return os.pread(self._handle[1].fileno(), count, offset)
@@ -263,7 +265,8 @@ class RecordFaces:
     def read(self, index: int) -> tuple[np.ndarray, int]:
         """Image uint8 [H, W, 3] and label of one position; raises `DamagedRecordError`."""
         record = self._record(int(self._keys[index]))
-        return decode_image(record.data, self.records.name(int(self._keys[index]))), int(record.labels[0])
+        name = self.records.name(int(self._keys[index]))
+        return decode_image(record.data, name), _identity(record, name)
 
     def _record(self, key: int) -> ImageRecord:
         return unpack_image_record(self.records.read(key), self.records.name(key))
@@ -275,7 +278,7 @@ class RecordFaces:
             try:
                 first = self._record(0)
                 if len(first.labels) > 1:
-                    begin, end = int(first.labels[0]), int(first.labels[1])
+                    begin, end = (_whole(label, "record 0") for label in first.labels[:2])
                     self._keys = self._keys[(self._keys > 0) & (self._keys < begin)]
                     counted = end - begin
             except DamagedRecordError:
@@ -291,9 +294,21 @@ class RecordFaces:
         largest = -1
         for key in self._keys:
             try:
-                largest = max(largest, int(self._record(int(key)).labels[0]))
+                name = self.records.name(int(key))
+                largest = max(largest, _identity(self._record(int(key)), name))
             except DamagedRecordError:
                 continue
         if largest < 0:
             raise ValueError(f"{self.records.path}: none of its {len(self._keys)} records can be read")
         return largest
+
+
+def _identity(record: ImageRecord, name: str) -> int:
+    """The label of an image; a damaged record where it is no number from 0 on."""
+    return _whole(record.labels[0], name)
+
+
+def _whole(label: float, name: str) -> int:
+    if not (label >= 0 and label.is_integer()):
+        raise DamagedRecordError(name, f"the label {label} is no whole number from 0 on")
+    return int(label)

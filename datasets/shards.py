@@ -10,6 +10,7 @@ import json
 import os
 import re
 import tarfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -19,6 +20,8 @@ from typing import BinaryIO
 import numpy as np
 
 from datasets.face_images import IMAGE_SUFFIXES, DamagedRecordError, decode_image
+
+MOST_OPEN = 128  # shards; processes commonly get 1024 files
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,13 @@ class TarFaces:
         self.num_classes = int(self._places[:, 3].max()) + 1
         if not self.num_classes:
             raise ValueError(f"no image of {pattern} has a label (a .cls or .json file of the same name)")
-        self._handles: dict[tuple[int, int], BinaryIO] = {}
+        self._handles: OrderedDict[tuple[int, int], BinaryIO] = OrderedDict()  # by process and shard
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_handles": {}}  # a descriptor means nothing in another process
+        return self.__dict__ | {"_handles": OrderedDict()}  # a descriptor means nothing in another process
 
     def labels(self) -> np.ndarray:
         """Labels int64 of all positions, -1 where a label is missing."""
@@ -88,15 +91,25 @@ class TarFaces:
     def read(self, index: int) -> tuple[np.ndarray, int]:
         """Image uint8 [H, W, 3] and label of one position; raises `DamagedRecordError`."""
         shard, offset, size, label = (int(value) for value in self._places[index])
-        handle = self._handles.get((os.getpid(), shard))
-        if handle is None:
-            handle = self._handles[os.getpid(), shard] = self.paths[shard].open("rb", buffering=0)
+        handle = self._opened(shard)
         # The name stands in the header before the image: kept there, it costs no memory.
         entry = os.pread(handle.fileno(), 100, offset - tarfile.BLOCKSIZE).split(b"\0")[0]
         name = f"{self.paths[shard].name}/{entry.decode(errors='replace')}"
         if label < 0:
             raise DamagedRecordError(name, "no readable label beside it")
         return decode_image(os.pread(handle.fileno(), size, offset), name), label
+
+    def _opened(self, shard: int) -> BinaryIO:
+        """A shard's file; the one not read for longest is closed, as sets have more shards than a process may
+        have files."""
+        place = (os.getpid(), shard)
+        handle = self._handles.get(place)
+        if handle is None:
+            handle = self._handles[place] = self.paths[shard].open("rb", buffering=0)
+        self._handles.move_to_end(place)
+        if len(self._handles) > MOST_OPEN:
+            self._handles.popitem(last=False)[1].close()
+        return handle
 
 
 def _samples(path: Path) -> Iterator[tuple[_Member, int]]:

@@ -124,3 +124,10 @@ def test_evaluation_goes_through_in_order() -> None:
 
 def test_pixels_are_normalized() -> None:
     assert normalized(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1.0, 1.0]
+
+
+def test_every_rank_has_images_for_every_part() -> None:
+    """A rank with fewer parts than the others would leave them waiting in the statistics of a global norm."""
+    batch = TrainingBatches(Numbers(12, broken=2), 12, size=8, fewest=8)[0]
+    assert len(batch.damaged) == 6 and batch.labels.tolist().count(-1) == 2
+    assert batch.images.shape == (8, 3, 8, 8) and len(batch.kept) == 6

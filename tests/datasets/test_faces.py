@@ -183,3 +183,19 @@ def test_the_orl_faces(shared_data: Path) -> None:
     faces = open_faces(f"folder:{shared_data / 'faces' / 'orl'}")
     assert (faces.num_classes, len(faces)) == (40, 400)
     assert faces.read(0)[0].shape == (112, 92, 3)
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.shards.MOST_OPEN", 2)
+    for number in range(5):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as shard:
+            for name, data in ((f"{number}.png", picture(number)), (f"{number}.cls", b"%d" % number)):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(data)
+                shard.addfile(entry, io.BytesIO(data))
+    faces = TarFaces(str(tmp_path))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for index in (0, 1, 2, 3, 4, 0, 4, 2, 2, 0):
+        image, label = faces.read(index)
+        assert (int(image[0, 0, 0]), label) == (index, index)
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2

@@ -163,3 +163,31 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
         writer.write(0, b"x")
         raise RuntimeError
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("label", [float("nan"), float("inf"), -1.0, 0.5])
+def test_a_label_that_is_no_identity_is_a_damaged_record(tmp_path: Path, label: float) -> None:
+    path = tmp_path / "train.rec"
+    with RecordWriter(path) as writer:
+        for key, value in enumerate((1.0, label, 2.0)):
+            writer.write(key, pack_image_record(ImageRecord((value,), key, jpeg(9))))
+    faces = RecordFaces(path)
+    assert faces.num_classes == 3 and [faces.read(i)[1] for i in (0, 2)] == [1, 2]
+    with pytest.raises(DamagedRecordError, match=r"record 1: the label .* is no whole number"):
+        faces.read(1)
+
+
+def test_a_damaged_first_record_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "train.rec"
+    with RecordWriter(path) as writer:
+        writer.write(0, pack_image_record(ImageRecord((float("nan"), 3.0), 0, b"")))
+        writer.write(1, pack_image_record(ImageRecord((1.0,), 1, jpeg(9))))
+    assert RecordFaces(path).num_classes == 2
+
+
+def test_an_index_that_points_before_the_file_is_damage(tmp_path: Path) -> None:
+    write_faces(tmp_path / "train.rec", [0, 1])
+    index = tmp_path / "train.idx"
+    index.write_text(index.read_text().replace("0\t0", "0\t-8", 1))
+    with pytest.raises(DamagedRecordError, match="record 0"):
+        RecordFile(tmp_path / "train.rec").read(0)
