@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bigvision.models.embedding import BackboneSpec, build_backbone, save_backbone
+from tiling.publish import publish
 
 NETWORKS = {
     "r18": "iresnet18",
@@ -119,7 +120,9 @@ def config_arguments(config: dict[str, Any], ranks: int) -> tuple[list[str], lis
         taken["margin"] = ",".join(f"{value:g}" for value in margin)
     rate = rest.pop("sample_rate", 1)
     taken["active"] = "all" if rate >= 1 else f"sampled:{rate:g}"
-    taken["batch-size"] = str(int(rest.pop("batch_size", 128)) * ranks)
+    # Theirs passes as many whole batches before an update; here one batch of that size is passed in parts.
+    parts = int(rest.get("gradient_acc", 1))
+    taken["batch-size"] = str(int(rest.pop("batch_size", 128)) * ranks * parts)
     taken["dtype"] = "float16" if rest.pop("fp16", False) else "float32"
     if rest.get("rec") not in (None, "synthetic"):
         taken["data"] = f"rec:{rest.pop('rec')}"
@@ -202,5 +205,5 @@ def _save_centres(centres: Tensor, out: Path) -> Path:
     path = out.with_suffix(".centres.safetensors")
     partial = path.with_name(path.name + ".partial")
     save_file({"weight": centres.contiguous()}, partial)
-    partial.replace(path)
+    publish(partial, path)
     return path

@@ -59,10 +59,10 @@ def evaluate(
 
     Raises ValueError for a source that can't be evaluated, before the first one is where it can't be opened.
     """
-    sources = {spec: open_evaluation(spec, options.image_size) for spec in data}
-    if not sources:
+    if not data:
         raise ValueError("nothing to evaluate on: name a source such as bin:lfw.bin or folder:PATH")
     embedder = load_embedder(options)
+    sources = {spec: open_evaluation(spec, embedder.image_size) for spec in data}
     results = [evaluate_source(embedder, source, spec, World()) for spec, source in sources.items()]
     if roc is not None:
         draw_roc(results, roc)

@@ -31,6 +31,7 @@ from datasets.face_images import (
     fit_square,
 )
 from datasets.faces import FolderFaces, open_faces
+from tiling.publish import publish
 
 # A detector takes an image uint8 [H, W, 3] and returns the five landmarks float [F, 5, 2] of the faces in it.
 Detector = Callable[[np.ndarray], np.ndarray]
@@ -124,9 +125,7 @@ def save_gallery(gallery: Gallery, out: Path) -> None:
     np.save(partial / "embeddings.npy", gallery.embeddings.astype(np.float32))
     np.save(partial / "labels.npy", gallery.labels.astype(np.int64))
     write_json(partial / "gallery.json", {"names": gallery.names, "weights": gallery.weights})
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+    publish(partial, out)
 
 
 def load_gallery(path: Path) -> Gallery:
@@ -208,17 +207,31 @@ def _named(faces: list[_Face], embedder: Embedder, gallery: Gallery, k: int) -> 
     embedder.model.eval()
     pixels = torch.from_numpy(np.stack([face.pixels for face in faces]).transpose(0, 3, 1, 2).copy())
     rows = np.concatenate([embedder.images(part) for part in pixels.split(embedder.batch_size)])
-    # One identity may fill several rows of a gallery of images: look further, then keep the first of each.
-    single = len(gallery.embeddings) == len(gallery.names)
-    found = nearest(rows, gallery.embeddings, min(len(gallery.embeddings), k if single else 20 * k))
     results = []
-    for face, places, cosines in zip(faces, found.rows, found.cosines, strict=True):
-        best: dict[int, float] = {}
-        for row, cosine in zip(places, cosines, strict=True):
-            best.setdefault(int(gallery.labels[row]), float(cosine))
-        names = [gallery.names[label] for label in best][:k]
+    for face, best in zip(faces, nearest_identities(rows, gallery, k), strict=True):
+        names = [gallery.names[label] for label in best]
         points = None if face.landmarks is None else face.landmarks.round(2).tolist()
-        results.append(Identified(face.image, names, list(best.values())[:k], points))
+        results.append(Identified(face.image, names, list(best.values()), points))
+    return results
+
+
+def nearest_identities(probes: np.ndarray, gallery: Gallery, k: int) -> list[dict[int, float]]:
+    """The k nearest identities of each probe [Q, D] (all, if the gallery has fewer) and their best cosines.
+
+    An identity may fill many rows of a gallery of images: probes that met too few look further.
+    """
+    wanted = min(k, len(np.unique(gallery.labels)))
+    results: list[dict[int, float]] = [{} for _ in probes]
+    short, reach = np.arange(len(probes)), min(k, len(gallery.embeddings))
+    while len(short):
+        found = nearest(probes[short], gallery.embeddings, reach)
+        for probe, places, cosines in zip(short, found.rows, found.cosines, strict=True):
+            best: dict[int, float] = {}
+            for row, cosine in zip(places, cosines, strict=True):
+                best.setdefault(int(gallery.labels[row]), float(cosine))
+            results[probe] = dict(list(best.items())[:k])
+        short = np.array([probe for probe in short if len(results[probe]) < wanted], np.int64)
+        reach = min(4 * reach, len(gallery.embeddings))
     return results
 
 

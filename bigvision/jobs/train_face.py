@@ -37,7 +37,7 @@ from bigvision.jobs.faces.step import DivergedError, Stepped, Stepper
 from bigvision.models.embedding import BackboneSpec, build_backbone, save_backbone
 from bigvision.models.global_norm import average_statistics, with_global_norms
 from bigvision.models.weights import load_weights
-from datasets.face_batches import TrainingBatches, training_loader
+from datasets.face_batches import FEWEST, TrainingBatches, training_loader
 from datasets.face_images import FaceSource
 from datasets.faces import open_faces
 from heads import ShardedMarginHead
@@ -91,6 +91,7 @@ def train(options: TrainOptions, world: World) -> None:
             seed=options.seed,
             size=options.image_size,
             augment=options.augment,
+            fewest=FEWEST * _parts(options, world),
         )
         evaluations = {spec: open_evaluation(spec, options.image_size) for spec in options.evaluate}
     with world.together("planning"):
@@ -101,7 +102,7 @@ def train(options: TrainOptions, world: World) -> None:
     if options.plan:
         return
     with world.together("preparing"):
-        start = _starting_point(options)
+        start = _starting_point(options, restarted=world.restarts > 0)
         training = _build(options, plan, world)
         stepper, schedule = _stepper(options, plan, world, training)
     run = Run(options, world, plan, batches, training, stepper, schedule, evaluations)
@@ -109,7 +110,8 @@ def train(options: TrainOptions, world: World) -> None:
     _loop(run, step)
 
 
-def _starting_point(options: TrainOptions) -> Path | None:
+def _starting_point(options: TrainOptions, *, restarted: bool = False) -> Path | None:
+    """The checkpoint to go on from, if any; a run that torchrun restarted goes on from its own last one."""
     found = checkpoint.checkpoints(options.out / "checkpoints")
     if options.resume == "none" and found:
         raise ValueError(f"{options.out} holds a run up to {found[-1].name}: --resume auto, or another --out")
@@ -119,6 +121,8 @@ def _starting_point(options: TrainOptions) -> Path | None:
         return found[-1]
     chosen = Path(options.resume)
     later = [path.name for path in found if path.name > chosen.name]
+    if later and restarted:
+        return found[-1]
     if later:  # going on from here would mix two runs: a restart would take the other one's
         raise ValueError(f"{options.out} holds later checkpoints ({', '.join(later)}): choose another --out")
     return chosen
@@ -155,6 +159,11 @@ def _build(options: TrainOptions, plan: Plan, world: World) -> checkpoint.Traini
     return checkpoint.Training(head, backbone, spec, optimizer, scaler)
 
 
+def _parts(options: TrainOptions, world: World) -> int:
+    """Parts in which every rank passes its images, as many on one with damaged records as on the others."""
+    return max(1, min(options.accumulate, options.batch_size // world.size // FEWEST))
+
+
 def _stepper(
     options: TrainOptions, plan: Plan, world: World, training: checkpoint.Training
 ) -> tuple[Stepper, Schedule]:
@@ -169,7 +178,7 @@ def _stepper(
         training.optimizer,
         world.device,
         DTYPES[options.dtype],
-        options.accumulate,
+        _parts(options, world),
         options.clip,
         training.scaler,
         world,
@@ -180,7 +189,8 @@ def _stepper(
 
 def _loop(run: Run, start: int) -> None:
     options, world, plan = run.options, run.world, run.plan
-    curves = Curves(options.out, start) if world.leads else None
+    with world.together("opening the curves"):
+        curves = Curves(options.out, start) if world.leads else None
     save_every = options.save_every or plan.steps_per_epoch
     evaluate_every = max(1, round(options.evaluate_every * plan.steps_per_epoch))
     loader = training_loader(
@@ -200,9 +210,10 @@ def _loop(run: Run, start: int) -> None:
             if done % options.log_every == 0 or done == plan.steps:
                 found = set().union(*world.gather(damaged))
                 point = meter.point(done, done / plan.steps_per_epoch, stepped, lr, len(found))
-                if curves is not None:
-                    curves.add(point)
-                    _write_damaged(options.out, found)
+                with world.together("writing the curves"):
+                    if curves is not None:
+                        curves.add(point)
+                        _write_damaged(options.out, found)
                 reporter.progress(done, _line(point, plan.steps))
             if run.evaluations and (done % evaluate_every == 0 or done == plan.steps):
                 _evaluate(run, done, curves, reporter)

@@ -127,6 +127,13 @@ def test_a_config_is_read_without_running_it(tmp_path: Path) -> None:
     assert rest == ["output = None", "dali = True"]
 
 
+def test_accumulated_batches_become_one_in_as_many_parts() -> None:
+    """Theirs takes four batches of 128 images a rank for an update: here one of 512, passed in four parts."""
+    words, rest = config_arguments({"network": "r18", "batch_size": 128, "gradient_acc": 4}, ranks=2)
+    options = parse([*words, "--data", "rec:a", "--out", "run"])
+    assert (options.batch_size, options.accumulate, rest) == (1024, 4, [])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

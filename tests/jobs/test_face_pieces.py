@@ -261,6 +261,17 @@ def test_curves_are_cut_where_a_run_goes_on(tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").stat().st_size > 5000
 
 
+def test_half_a_line_in_the_curve_is_passed_over(tmp_path: Path) -> None:
+    whole = Curves(tmp_path, 0)
+    whole.add(Point(1, 0.25, 1.0, 0.1, 2.0, 100.0, 500.0, 0))
+    whole.close()
+    for torn in ("2,0.5", "2,0.5,", "x"):
+        with (tmp_path / "curve.csv").open("a") as file:
+            file.write(torn)
+        assert [row.step for row in Curves(tmp_path, 9).points] == [1]
+        assert (tmp_path / "curve.csv").read_text().count("\n") == 2
+
+
 def test_global_norms_are_batch_norms_on_one_rank() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(4 * 36))
     x = torch.randn(5, 3, 8, 8)

@@ -26,6 +26,7 @@ from bigvision.jobs.faces.search import (
     open_set_rates,
     rank_rates,
 )
+from bigvision.jobs.identify_faces import Gallery, nearest_identities
 from datasets.face_images import DamagedRecordError
 from datasets.identities import SyntheticIdentities
 
@@ -209,3 +210,27 @@ def test_a_picture_of_the_rates(tmp_path: Path) -> None:
     result = evaluate_source(Embedder(Mean(), 32), SyntheticIdentities(6, 4, 32), "synthetic", World())
     draw_roc([result], tmp_path / "roc.png")
     assert (tmp_path / "roc.png").stat().st_size > 5000
+
+
+@given(st.integers(1, 9), st.integers(1, 60), st.integers(1, 5), st.integers(1, 8), st.integers(0, 99))
+def test_the_nearest_identities_are_exact_however_many_rows_one_has(
+    probes: int, rows: int, identities: int, k: int, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    # Most rows are the first identity's, and near to every probe.
+    labels = np.minimum(random.integers(0, 4 * identities, rows), identities - 1)[::-1].copy()
+    embeddings, queries = unit(rows, 3, seed), unit(probes, 3, seed + 1)
+    gallery = Gallery(embeddings, labels, [str(i) for i in range(identities)], "")
+    for query, found in zip(queries, nearest_identities(queries, gallery, k), strict=True):
+        best = {i: float((embeddings[labels == i] @ query).max()) for i in set(labels.tolist())}
+        expected = sorted(best.values(), reverse=True)[:k]
+        np.testing.assert_allclose(list(found.values()), expected, atol=1e-6)
+        np.testing.assert_allclose([best[i] for i in found], expected, atol=1e-6)
+
+
+def test_an_identity_that_fills_the_gallery_hides_no_other() -> None:
+    """Twenty times k rows used to be looked at: not enough for who has a hundred images."""
+    embeddings = np.repeat(np.array([[1, 0], [0.6, 0.8], [0, 1]], np.float32), (300, 1, 1), axis=0)
+    gallery = Gallery(embeddings, np.repeat([0, 1, 2], (300, 1, 1)), ["a", "b", "c"], "")
+    (found,) = nearest_identities(np.array([[1, 0]], np.float32), gallery, 3)
+    assert found == {0: 1.0, 1: pytest.approx(0.6), 2: 0.0}

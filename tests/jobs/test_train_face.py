@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from bigvision.jobs import train_face
 from bigvision.jobs.faces import checkpoint
 from bigvision.jobs.faces.launch import command
+from bigvision.jobs.faces.options import parse
 from datasets.recordio import ImageRecord, RecordWriter, pack_image_record
 
 SMALL = {
@@ -155,6 +156,19 @@ def test_a_run_that_exists_is_not_overwritten(finished: Path) -> None:
 def test_two_runs_are_not_mixed(finished: Path) -> None:
     (message,) = run(1, finished, resume=str(finished / "checkpoints" / "step-00000004"))
     assert "holds later checkpoints (step-00000008)" in message
+
+
+def test_a_run_from_a_chosen_checkpoint_is_restarted_from_its_own_last_one(tmp_path: Path) -> None:
+    """Later checkpoints refuse a start, but a restart by torchrun made them itself."""
+    chosen = tmp_path / "other" / "step-00000005"
+    options = parse(arguments(tmp_path / "run", resume=str(chosen)))
+    assert train_face._starting_point(options, restarted=True) == chosen  # died before the first was saved
+    own = tmp_path / "run" / "checkpoints" / "step-00000009"
+    own.mkdir(parents=True)
+    (own.parent / "step-00000003").mkdir()
+    assert train_face._starting_point(options, restarted=True) == own
+    with pytest.raises(ValueError, match="later checkpoints"):
+        train_face._starting_point(options)
 
 
 def test_a_process_killed_while_saving_loses_nothing(tmp_path: Path) -> None:

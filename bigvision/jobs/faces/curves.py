@@ -2,6 +2,7 @@
 installed."""
 
 import csv
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -110,8 +111,10 @@ def _kept(path: Path, kind: type, step: int) -> list[Any]:
     if not path.is_file():
         return []
     types = get_type_hints(kind)
+    rows = []
     with path.open(newline="") as file:
-        rows = [
-            kind(**{name: types[name](value) for name, value in row.items()}) for row in csv.DictReader(file)
-        ]
+        for line in csv.DictReader(file):
+            # A full disk or a power cut leaves half a line, which is no reason to end the run.
+            with suppress(KeyError, TypeError, ValueError):
+                rows.append(kind(**{name: types[name](value) for name, value in line.items()}))
     return [row for row in rows if row.step <= step]

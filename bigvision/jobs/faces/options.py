@@ -77,7 +77,7 @@ class TrainOptions:
         ]
         wrong += [
             f"{name} = {value}"
-            for name in ("workers", "save_every", "clip", "warmup", "weight_decay")
+            for name in ("workers", "save_every", "clip", "warmup", "weight_decay", "seed")
             if (value := getattr(self, name)) < 0
         ]
         if wrong:
