@@ -100,12 +100,15 @@ def padded(size_in: int, before: int, after: int, mode: str) -> AxisMap:
     return _monotone(rows, rows, size_in, Fraction(1), uniform=mode != "circular")
 
 
-def taps(source: IntArray, size_in: int) -> AxisMap:
-    """Resampling: `source` [n_out, t] lists the input rows that each output row mixes."""
+def taps(source: IntArray, size_in: int, *, drifts: bool = False) -> AxisMap:
+    """Resampling: `source` [n_out, t] lists the input rows that each output row mixes.
+
+    `drifts` says that the weights of the taps change over the image even where the rows repeat.
+    """
     size_out = len(source)
     scale = Fraction(size_in, size_out)
     whole = scale.numerator == 1 or scale.denominator == 1
-    uniform = whole and _repeats(source, scale)
+    uniform = whole and not drifts and _repeats(source, scale)
     return _monotone(source.min(1), source.max(1), size_in, scale.limit_denominator(1 << 16), uniform)
 
 

@@ -48,10 +48,23 @@ class Cost:
 # They return (a part of) their input's own memory.
 _VIEWS = frozenset(
     (
-        *("getitem", "view", "reshape", "flatten", "permute", "transpose", "t", "unsqueeze", "squeeze"),
+        *(
+            "getitem",
+            "view",
+            "_unsafe_view",
+            "reshape",
+            "flatten",
+            "permute",
+            "transpose",
+            "t",
+            "unsqueeze",
+            "squeeze",
+        ),
         *("expand", "slice", "select", "split", "split_with_sizes", "chunk", "unbind", "alias", "detach"),
     )
 )
+# They move elements and compute nothing.
+_COPIES = frozenset(("clone", "contiguous", "cat", "stack"))
 
 
 def cost(traced: TracedGraph) -> Cost:
@@ -71,7 +84,7 @@ def cost(traced: TracedGraph) -> Cost:
 def flops(node: fx.Node) -> int:
     """FLOPs of one operator: two a multiply-accumulate, one an element otherwise, none for a view."""
     name = operator_name(node)
-    if name in _VIEWS:
+    if name in _VIEWS or name in _COPIES:
         return 0
     size = math.prod(result_shape(node))
     if name == "conv2d":

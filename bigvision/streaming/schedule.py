@@ -40,7 +40,8 @@ def schedule(walk: Pass, rows: int) -> Schedule:
     while True:
         steps = -(-image.size // rows) + behind
         made = _progress(walk, rows, steps)
-        if all(int(progress[-1]) == stage.size for stage in walk.stages for progress in [made[stage.node]]):
+        # A free stage ends with its readers, of which a crop leaves its last rows alone.
+        if all(int(made[stage.node][-1]) == stage.size for stage in walk.stages if not stage.free):
             break
         behind *= 2
     used = max(int(np.argmax(made[stage.node] == stage.size)) for stage in walk.stages)

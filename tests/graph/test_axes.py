@@ -78,7 +78,7 @@ def operator(draw: random.Random) -> nn.Module:
     )
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(st.integers(0, 2**31), st.integers(6, 24))
 def test_no_row_is_read_that_the_map_leaves_out(seed: int, height: int) -> None:
     torch.manual_seed(seed)

@@ -41,7 +41,7 @@ def streamed_equals_whole(seed: int) -> None:
         assert error(pure(program, image, rows[1]), whole) <= EXACT
 
 
-@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 2**31))
 @example(114)  # a transposed convolution with rows that no input row reaches
 @example(145)  # a last pass that reads no image row
@@ -109,6 +109,29 @@ def test_a_source_of_another_shape_or_that_fails_is_named() -> None:
         streamed(Fails())
     with pytest.raises(ValueError, match=r"rows 0\.\.4 .*did its shape change"):
         streamed(Shrinks())
+
+
+class CroppedSpread(nn.Module):
+    """A global statistic spread over more rows than are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        spread = F.interpolate(F.adaptive_avg_pool2d(x, 1), size=(height + 5, width), mode="bilinear")
+        return self.conv(x) + spread[:, :, :height]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 11])
+def test_rows_of_a_spread_statistic_that_nobody_reads(rows: int) -> None:
+    model, image = CroppedSpread().double().eval(), torch.randn(2, 11, 6, dtype=torch.float64)
+    program = compile_program(trace(model, (2, 11, 6)))
+    with torch.no_grad():
+        whole = model(image[None])
+        assert error(in_place(program, image, rows), whole) <= EXACT
+        assert error(pure(program, image, rows), whole) <= EXACT
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

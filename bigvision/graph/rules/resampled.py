@@ -36,6 +36,7 @@ def _interpolated(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
                 dtype=node.meta["val"].dtype,
             ).index,
             before[a - 2],
+            drifts=args.get("align_corners", False) and before[a - 2] != after[a - 2],
         )
         for a in (0, 1)
     )
