@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import torch
 
 import heads
+from bigvision.jobs.process.options import parse_bytes
 from heads import Margin
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -84,6 +85,8 @@ class TrainOptions:
             raise ValueError(f"out of range: {', '.join(wrong)}")
         _choose("dtype", self.dtype, DTYPES)
         _choose("batch_norm", self.batch_norm, ("local", "global"))
+        if self.memory != "auto":
+            parse_bytes(self.memory)
         self.head_margin()
         self.head_optimizer_settings()
         self.gate()

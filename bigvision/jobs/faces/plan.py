@@ -3,7 +3,6 @@
 Legend: C classes, W ranks, D dimension, B global batch, b images that pass the backbone at once.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bigvision.jobs.faces.options import DTYPES, TrainOptions
+from bigvision.jobs.process.options import parse_bytes
 from bigvision.models.embedding import BackboneSpec, build_backbone
 
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 RUNTIME = 350 << 20  # private bytes of the interpreter with torch, measured on Linux; libraries are shared
 WORKER = 280 << 20  # of a process that decodes images
 
@@ -162,7 +161,7 @@ def available_memory(options: TrainOptions) -> int:
     machine).
     """
     if options.memory != "auto":
-        return parse_size(options.memory)
+        return parse_bytes(options.memory)
     if options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available()):
         return sum(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count()))
     free = psutil.virtual_memory().available
@@ -170,14 +169,6 @@ def available_memory(options: TrainOptions) -> int:
     if limit.is_file() and (text := limit.read_text().strip()) != "max":
         free = min(free, int(text) - int(used.read_text()))
     return int(free)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a text such as 14GiB, 512M or 1000; raises ValueError for others."""
-    match = re.fullmatch(r"([\d.]+)\s*([KMGT]?)(?:i?B)?", text)
-    if not match:
-        raise ValueError(f"memory {text!r} is not a size such as 14GiB")
-    return int(float(match[1]) * UNITS[match[2]])
 
 
 def size_text(count: int) -> str:
