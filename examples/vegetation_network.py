@@ -1,10 +1,10 @@
 """A network for land cover from colour: every pixel by its own colours and by its surroundings' texture.
 
-Shapes: x [B, 3, H, W] (red, green, blue, standardised) -> logits [B, classes, H, W]; H and W multiples of 16.
+Shapes: x [B, 3, H, W] (red, green, blue, standardised) -> logits [B, classes, H, W]; H, W multiples of 16.
 
-Colour tells little across dates, when a lake can be as green as a field; that water is smooth and plants are not
-holds in every season. The texture is therefore given, not learned, and what is learned is small: some two thousand
-weights can't remember five photographs.
+Colour tells little across dates, when a lake can be as green as a field; that water is smooth and plants are
+not holds in every season. The texture is therefore given, not learned, and what is learned is small: under
+two thousand weights can't remember five photographs.
 """
 
 import torch
@@ -15,7 +15,7 @@ SIZES = (4, 16)  # pixels; 20 and 80 m on the ground
 
 
 class TextureNetwork(nn.Module):
-    """Colours, their differences, and local mean and mean absolute deviation of cells, through 1 x 1 convolutions.
+    """Colours, their differences, and means and mean absolute deviations of cells, through 1 x 1 convolutions.
 
     Args:
         width: channels of the two hidden layers.
