@@ -54,10 +54,11 @@ class Bar(Watcher):
             if plan.agreement is None
             else f" ({plan.agreement:.2%} of the classes are the same in bfloat16)"
         )
+        cut = f"tiles of {plan.tile} px" if plan.engine == "tiles" else f"streamed bands of {plan.tile} rows"
         resumed = "" if left == pixels else f"; {1 - left / pixels:.0%} was finished before"
         self.console.print(
-            f"{scene}: {plan.exactness}, {plan.dtype}{agreement}, tiles of {plan.tile} px with a halo of "
-            f"{plan.halo} px, about {plan.predicted_bytes / 2**30:.1f} GiB{resumed}",
+            f"{scene}: {plan.exactness}, {plan.dtype}{agreement}, {cut} with a halo of {plan.halo} px, "
+            f"about {plan.predicted_bytes / 2**30:.1f} GiB{resumed}",
             highlight=False,
             soft_wrap=True,
         )
