@@ -82,7 +82,7 @@ def main() -> None:
         start = time.perf_counter()
         lines.append(str(line(name)))
         print(f"{time.perf_counter() - start:5.1f} s {lines[-1]}", flush=True)
-    (ROOT / "docs" / "models.md").write_text(HEADER + "\n".join(lines) + "\n")
+        (ROOT / "docs" / "models.md").write_text(HEADER + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -118,13 +118,20 @@ class Scanner:
                 if one.source is stage.node:
                     sums[one.node] = one.partial(rows, a)
             if stage is self.walk.output:
-                output = rows
+                output = self._kept_by_the_caller(rows)
             self._release(stage, t)
         for line in self.lines.values():
             line.fresh = None
             if line.delay is not None:
                 line.delay.drop(int(line.plan.delay_keep[t + 1]))
         return output, sums
+
+    def _kept_by_the_caller(self, rows: Tensor) -> Tensor:
+        """The output rows, where no later step writes: a crop's are a view of a line buffer."""
+        storage = rows.untyped_storage().data_ptr()
+        windows = (line.window for line in self.lines.values() if line.window is not None)
+        shared = any(window.data.untyped_storage().data_ptr() == storage for window in windows)
+        return rows.clone() if shared else rows
 
     def _make(self, stage: Stage, a: int, b: int, t: int, image: Tensor) -> Any:
         """Rows a..b of a stage, in its line."""

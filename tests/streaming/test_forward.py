@@ -45,6 +45,7 @@ def streamed_equals_whole(seed: int) -> None:
 @given(st.integers(0, 2**31))
 @example(114)  # a transposed convolution with rows that no input row reaches
 @example(145)  # a last pass that reads no image row
+@example(2076)  # output rows that are a view of a line buffer
 @example(1093)  # a statistic of a spread statistic
 def test_random_networks(seed: int) -> None:
     streamed_equals_whole(seed)

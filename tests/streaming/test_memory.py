@@ -27,7 +27,8 @@ class Scene:
         a, b, _ = key[1].indices(height)
         return torch.ones(3, b - a, width)
 def run(shape):
-    model = StreamedModel(smp.Unet("resnet18", encoder_weights=None, classes=4), shape, rows=rows, dtype=dtype)
+    network = smp.Unet("resnet18", encoder_weights=None, classes=4)
+    model = StreamedModel(network, shape, rows=rows, dtype=dtype)
     scene = Scene() if shape == Scene.shape else torch.ones(shape)
     for _ in model.stream(scene):
         pass
