@@ -15,7 +15,7 @@ SIZES = (4, 16)  # pixels; 20 and 80 m on the ground
 
 
 class TextureNetwork(nn.Module):
-    """Colours, their differences, and means and mean absolute deviations of cells, through 1 x 1 convolutions.
+    """Colours, their differences, and cells' means and mean absolute deviations, into 1 x 1 convolutions.
 
     Args:
         width: channels of the two hidden layers.
