@@ -84,10 +84,10 @@ def plan_scene(
 ) -> Plan:
     """Choose the engine and the cut; ValueError where nothing exact can be cut, or nothing fits `--memory`.
 
-    `auto` streams whatever can be traced, since bands repeat less of their neighbours than tiles do; `--tile`
-    and `--halo` are words about tiles, and ask for them.
+    `auto` streams whatever can be traced, since bands repeat less of their neighbours than tiles do;
+    `--tile`, `--halo` and `--compile` are words about tiles, and ask for them.
     """
-    tiled = options.tile is not None or options.halo is not None or analysis.source != "graph"
+    tiled = options.tile or options.halo is not None or options.compile or analysis.source != "graph"
     if options.engine == "stream" or (options.engine == "auto" and not tiled):
         return _plan_stream(shape, kind, analysis, options, precision, model)
     return _plan_tiles(shape, kind, analysis, options, precision)
@@ -103,6 +103,8 @@ def _plan_stream(
 ) -> Plan:
     if analysis.source != "graph":
         raise ValueError("--engine stream needs a network that can be traced; --engine tiles does not")
+    if options.compile:
+        raise ValueError("--compile is for --engine tiles: a compiled row step measured no faster")
     whole = padded_size(shape[1], shape[2], analysis.stride)[0]
     processes = options.workers or 1
     if analysis.inexact:
