@@ -218,7 +218,8 @@ def test_a_file_that_may_pass_4_gibibytes_is_a_bigtiff(write_tif, noise, tmp_pat
     path.write_text(
         f'<VRTDataset rasterXSize="{side}" rasterYSize="{side}"><VRTRasterBand dataType="Byte" band="1">'
         f"<SimpleSource><SourceFilename>{small}</SourceFilename><SourceBand>1</SourceBand>"
-        f'<DstRect xOff="0" yOff="0" xSize="{side}" ySize="{side}"/></SimpleSource></VRTRasterBand></VRTDataset>'
+        f'<DstRect xOff="0" yOff="0" xSize="{side}" ySize="{side}"/></SimpleSource></VRTRasterBand>'
+        "</VRTDataset>"
     )
     seen = []
 
