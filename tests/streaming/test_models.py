@@ -10,7 +10,7 @@ from bigvision.graph import UnsupportedOperatorError, UntraceableError
 from bigvision.streaming import StreamedModel
 
 FAST = ("Unet-resnet18", "DeepLabV3Plus-mobilenet_v2", "resnet18 (classifier)", "lraspp_mobilenet_v3_large")
-REFUSED = tuple(name for name in NETWORKS if name.startswith(("MAnet", "PAN")))
+REFUSED = tuple(name for name in NETWORKS if name.startswith("MAnet"))
 
 
 @pytest.mark.parametrize(

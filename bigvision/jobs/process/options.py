@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
-_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 2**10, "m": 2**20, "g": 2**30}
+import dask.utils
+
 _CHOICES = {
     "output": ("classes", "probabilities", "logits"),
     "format": ("cog", "zarr"),
@@ -78,11 +78,9 @@ class Options:
 
 def parse_bytes(text: str) -> int:
     """`4GiB`, `500 MB` or `1e9` in bytes; ValueError where it is no positive size."""
-    digits = text.strip().rstrip("".join(set("".join(_UNITS))) + "KMGTIB ").strip()
-    unit = text.strip()[len(digits) :].strip().lower()
     try:
-        size = int(float(digits) * _UNITS[unit])
-    except (KeyError, ValueError):
+        size = dask.utils.parse_bytes(text)
+    except ValueError:
         raise ValueError(f"--memory {text!r} is not a size such as 4GiB or 500MB") from None
     if size <= 0:
         raise ValueError(f"--memory must be positive, got {text!r}")
