@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One process per core and one thread per process: the suite's own parallelism.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: setup demo lint test test-all benchmarks clean
+.PHONY: setup demo lint test test-all clean
 
 setup: $(VENV)/.complete
 
