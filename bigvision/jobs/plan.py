@@ -26,12 +26,11 @@ from bigvision.jobs.process.scene import open_scene
 from bigvision.models.spec import load_model
 from bigvision.streaming.backward import Budget, plan_backward
 from bigvision.streaming.checkpoints import BudgetError, Scratch
-from bigvision.streaming.footprint import state_bytes, tape_bytes
-from bigvision.streaming.program import Program, compile_program
-from bigvision.streaming.schedule import schedule
+from bigvision.streaming.footprint import forward_bytes
+from bigvision.streaming.plan import row_choices
+from bigvision.streaming.program import compile_program
 from tiling import TileGrid
 
-_STREAM_ROWS = 64
 _TRIAL = 512  # rows and columns of the tile that the speed is measured on
 
 
@@ -196,7 +195,9 @@ class _Planner:
             return None, str(error)
         largest = max(passes, key=lambda one: one.peak_bytes)
         return Streaming(
-            forward_bytes=streamed_forward_bytes(program, dtype),
+            forward_bytes=forward_bytes(
+                program, row_choices(*self.traced.shape[1:], self.analysis.stride)[0], dtype
+            ),
             training_bytes=largest.peak_bytes,
             training_disk_bytes=max(one.disk_bytes for one in passes),
             rows=largest.rows,
@@ -217,14 +218,3 @@ class _Planner:
             network(image)
             best = min(best, time.perf_counter() - begun)
         return best / (sides[0] * sides[1])
-
-
-def streamed_forward_bytes(program: Program, dtype: torch.dtype, rows: int = _STREAM_ROWS) -> int:
-    """The most that line buffers and the results of one step take, at `rows` image rows a step."""
-    most = 0
-    for walk in program.passes:
-        steps = schedule(walk, min(rows, walk.stages[0].size))
-        results = tape_bytes(walk, steps, dtype)
-        most = max(most, int((state_bytes(walk, steps, dtype)[1:] + results).max()))
-    weights = sum(tensor.numel() * dtype.itemsize for _, tensor in program.traced.parameters())
-    return most + weights

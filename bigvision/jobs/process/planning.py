@@ -16,6 +16,7 @@ from bigvision.jobs.process.options import Options
 from bigvision.jobs.process.precision import Precision
 from bigvision.jobs.process.results import ResultKind
 from bigvision.jobs.process.stream import StreamEngine, streamed_bytes
+from bigvision.streaming.plan import PIXELS_A_STEP
 from tiling import TileGrid, ZarrWriter
 from tiling.memory import CACHE_BYTES
 
@@ -61,8 +62,7 @@ class Plan:
         """Rows and columns that the store keeps in one file, and the side of its chunks."""
         if self.engine == "tiles":
             return self.tile, self.tile, _chunk(self.tile)
-        rows = _STRIP_BYTES // (shape[2] * kind.bands * np.dtype(kind.dtype).itemsize)
-        rows = min(512, max(64, rows // 64 * 64))
+        rows = _strip_rows(shape[2], kind)
         return rows, shape[2], rows
 
     def runs(self) -> Engine:
@@ -72,6 +72,17 @@ class Plan:
     def record(self) -> dict[str, Any]:
         """For JSON; `Plan(**record)` is the way back."""
         return asdict(self)
+
+
+def _strip_rows(width: int, kind: ResultKind) -> int:
+    """Rows of a streamed result that are stored at once."""
+    rows = _STRIP_BYTES // (width * _pixel_bytes(kind))
+    return min(512, max(64, rows // 64 * 64))
+
+
+def _pixel_bytes(kind: ResultKind) -> int:
+    """Of the result."""
+    return kind.bands * np.dtype(kind.dtype).itemsize
 
 
 def plan_scene(
@@ -113,8 +124,10 @@ def _plan_stream(
         band, halo = options.tile or min(_BAND, -(-whole // processes)), analysis.halo
         band = min(-(-band // analysis.stride) * analysis.stride, whole)
     each = (options.memory_bytes - _coordinator(options)) // processes
-    strip = _STRIP_BYTES * 4 * max(1, kind.channels // kind.bands)
-    fixed = _base(options) + CACHE_BYTES + 2 * analysis.parameter_bytes + strip + shape[1] * shape[2] // 8
+    # A strip is made, written and compressed at once; a step's logits stand there as computed and in float32.
+    strips = 4 * _strip_rows(shape[2], kind) * shape[2] * _pixel_bytes(kind)
+    strips += 8 * PIXELS_A_STEP * kind.channels
+    fixed = _base(options) + CACHE_BYTES + 2 * analysis.parameter_bytes + strips + shape[1] * shape[2] // 8
     tall = min(whole, band + 2 * halo)
     for choice in streamed_bytes(model, (shape[0], tall, shape[2]), precision.dtype):
         rows, needed = choice[0], fixed + choice[1]
