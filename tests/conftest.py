@@ -19,5 +19,6 @@ def shared_data() -> Path:
         pytest.skip("real data not at hand: ../shared/data is absent")
     return folder
 
+
 # torch logs every shape it traces at debug level; pytest would keep all of it, gigabytes in a long test.
 logging.getLogger("torch.__trace").propagate = False
