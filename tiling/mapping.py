@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -157,8 +158,12 @@ def _on_threads(
     delayed: Any = dask.delayed(run, pure=False, traverse=False)
     compute: Any = dask.compute
     waiting = iter(tiles)
-    while batch := list(islice(waiting, in_flight or 16 * count)):
-        compute(*[delayed(tile) for tile in batch], scheduler="threads", num_workers=count)
+    pool = ThreadPoolExecutor(count, thread_name_prefix="tiles")
+    try:
+        while batch := list(islice(waiting, in_flight or 16 * count)):
+            compute(*[delayed(tile) for tile in batch], scheduler="threads", pool=pool)
+    finally:
+        pool.shutdown(cancel_futures=True)  # after a failure nothing writes on behind the caller's back
     return counter.done
 
 

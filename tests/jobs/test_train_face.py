@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import multiprocessing
 import os
 import resource
@@ -9,18 +10,18 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib.figure
+import cloudpickle
 import psutil
 import pytest
 import torch
-import torch._dynamo
-import torch.utils.tensorboard
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -45,10 +46,6 @@ SMALL = {
 }
 
 
-# What a run imports late, imported once here: the ranks are forked from this process.
-assert matplotlib.figure and torch.utils.tensorboard and torch._dynamo
-
-
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
@@ -60,15 +57,34 @@ def arguments(out: Path, **changed: str) -> list[str]:
 
 
 def run(world: int, out: Path, before: Callable[[int], Any] | None = None, **changed: str) -> list[str]:
-    """Run the job on some ranks, forked from this process; returns what each rank ended with ("" is well)."""
+    """Run the job on some ranks; returns what each rank ended with ("" is well).
+
+    The ranks are forked from a process of their own: this one has used autograd's threads, which no fork
+    survives.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    call = cloudpickle.dumps(partial(run_forked, world, out, port, before, changed))
+    code = "import sys, cloudpickle; sys.stdout.buffer.write(cloudpickle.loads(sys.stdin.buffer.read())())"
+    done = subprocess.run([sys.executable, "-c", code], input=call, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_forked(
+    world: int, out: Path, port: int, before: Callable[[int], Any] | None, changed: dict[str, str]
+) -> bytes:
+    """The ranks' answers, as one line of JSON."""
+    import matplotlib.figure  # noqa: F401  what a run imports late, once for all ranks
+    import torch._dynamo
+    import torch.utils.tensorboard
+
     context = multiprocessing.get_context("fork")
     answers = [context.SimpleQueue() for _ in range(world)]
 
     def rank_main(rank: int) -> None:
-        torch.set_num_threads(1)  # makes the pool that a fork has lost, before autograd's threads race to
+        torch.set_num_threads(1)
         numbers = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
         os.environ |= {name: str(value) for name, value in numbers.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -90,8 +106,8 @@ def run(world: int, out: Path, before: Callable[[int], Any] | None = None, **cha
     hung = [process.pid for process in ranks if process.is_alive()]
     for process in ranks:
         process.kill()
-    assert not hung, "a rank hangs"
-    return ["killed" if queue.empty() else queue.get() for queue in answers]
+    ends = ["killed" if queue.empty() else queue.get() for queue in answers]
+    return b"\n" + json.dumps(["a rank hangs"] if hung else ends).encode()
 
 
 def curve(out: Path) -> list[dict[str, float]]:
