@@ -179,3 +179,22 @@ def test_a_scheduler_that_does_not_answer_is_named() -> None:
     with pytest.raises(RasterError, match=r"tcp://127\.0\.0\.1:9: no dask scheduler answers there"):
         connect("tcp://127.0.0.1:9", timeout=0.5)
     assert time.monotonic() - begin < 30
+
+
+def test_after_a_failure_nothing_runs_on() -> None:
+    running: list[int] = []
+
+    class Flat:
+        def read(self, window: Window) -> np.ndarray:
+            return np.zeros((1, window.height, window.width))
+
+    def fails_first(pixels: np.ndarray, tile: Tile) -> None:
+        if tile.core.row_off == tile.core.col_off == 0:
+            raise ArithmeticError("the first tile")
+        running.append(1)
+        time.sleep(0.2)
+        running.pop()
+
+    with pytest.raises(Exception, match="first tile"):
+        map_tiles(fails_first, Flat(), None, TileGrid(8, 8, 4), workers=2)
+    assert not running
