@@ -183,6 +183,7 @@ def test_a_scheduler_that_does_not_answer_is_named() -> None:
 
 def test_after_a_failure_nothing_runs_on() -> None:
     running: list[int] = []
+    started = threading.Event()
 
     class Flat:
         def read(self, window: Window) -> np.ndarray:
@@ -190,9 +191,11 @@ def test_after_a_failure_nothing_runs_on() -> None:
 
     def fails_first(pixels: np.ndarray, tile: Tile) -> None:
         if tile.core.row_off == tile.core.col_off == 0:
+            started.wait(10)
             raise ArithmeticError("the first tile")
         running.append(1)
-        time.sleep(0.2)
+        started.set()
+        time.sleep(0.5)
         running.pop()
 
     with pytest.raises(Exception, match="first tile"):
