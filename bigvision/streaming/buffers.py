@@ -103,6 +103,8 @@ class Scanner:
         self.like = torch.empty(0, dtype=dtype, device=device)
         plans = plan_lines(walk, plan)
         self.lines = {stage.node: Line(stage, plans[stage.node], dtype, device) for stage in walk.stages}
+        windows = (line.window for line in self.lines.values() if line.window is not None)
+        self.overwritten = frozenset(window.data.untyped_storage().data_ptr() for window in windows)
 
     def advance(self, t: int, image: Tensor) -> tuple[Tensor | None, dict[fx.Node, Sums]]:
         """Step `t` with the image's rows made[t] .. made[t + 1]: the new output rows and statistics' sums."""
@@ -118,7 +120,7 @@ class Scanner:
                 if one.source is stage.node:
                     sums[one.node] = one.partial(rows, a)
             if stage is self.walk.output:
-                output = self._kept_by_the_caller(rows)
+                output = self._lasting(rows)
             self._release(stage, t)
         for line in self.lines.values():
             line.fresh = None
@@ -126,12 +128,9 @@ class Scanner:
                 line.delay.drop(int(line.plan.delay_keep[t + 1]))
         return output, sums
 
-    def _kept_by_the_caller(self, rows: Tensor) -> Tensor:
-        """The output rows, where no later step writes: a crop's are a view of a line buffer."""
-        storage = rows.untyped_storage().data_ptr()
-        windows = (line.window for line in self.lines.values() if line.window is not None)
-        shared = any(window.data.untyped_storage().data_ptr() == storage for window in windows)
-        return rows.clone() if shared else rows
+    def _lasting(self, rows: Tensor) -> Tensor:
+        """The rows, where no later step writes: a crop's are a view of a line buffer."""
+        return rows.clone() if rows.untyped_storage().data_ptr() in self.overwritten else rows
 
     def _make(self, stage: Stage, a: int, b: int, t: int, image: Tensor) -> Any:
         """Rows a..b of a stage, in its line."""
@@ -154,7 +153,7 @@ class Scanner:
         if line.window is not None and (line.delay is not None or rows is image):
             line.window.reserve(int(line.plan.window_keep[t]), b - a).copy_(rows)
         if line.delay is not None:
-            line.delay.push(a, rows)
+            line.delay.push(a, self._lasting(rows))
         line.fresh, line.fresh_first = rows, a
         return rows
 

@@ -227,7 +227,7 @@ def arithmetic(draw: random.Random, x: Tensor) -> nn.Module:
             ("one minus", lambda v: 1 - v),
             ("clamp", lambda v: v.clamp(-1, 0.5)),
             ("where", lambda v: torch.where(v > 0, v, 0.1 * v)),
-            ("masked", lambda v: v.masked_fill(v > 1, 0.0)),
+            ("masked", lambda v: v.masked_fill(v > 1, 1.0)),
             ("residual", lambda v: v + v.relu()),
             ("itself", lambda v: v * v.sigmoid() + v),
             ("abs", lambda v: (v.abs() + 0.1).sqrt()),
@@ -419,7 +419,7 @@ def joined(draw: random.Random, a: Tensor, b: Tensor) -> nn.Module:
             ("max", torch.maximum),
             ("cat", lambda x, y: torch.cat([x, y], 1)),
             ("twice", lambda x, y: torch.cat([x, y, x], 1)),
-            ("where", lambda x, y: torch.where(x > y, x, 0.5 * y)),
+            ("where", lambda x, y: torch.where(x > y, x, 0.5 * (x + y))),
             ("div", lambda x, y: x / (y.abs() + 1)),
             ("gate", lambda x, y: x * y[:, :1].sigmoid()),
         ]

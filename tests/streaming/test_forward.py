@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from forward_oracle import error, in_place, pure
+from forward_oracle import error, in_place, pure, settled
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from random_graphs import RandomGraph
@@ -34,7 +34,7 @@ def streamed_equals_whole(seed: int) -> None:
     rows = [draw.randint(1, shape[1]) for _ in range(2)]
     with torch.no_grad():
         whole = model(image[None])
-        if not torch.isfinite(whole).all():
+        if not torch.isfinite(whole).all() or not settled(model, image, whole, EXACT / 10):
             return
         assert error(in_place(program, image, rows[0]), whole) <= EXACT
         assert error(in_place(folded, image, rows[1]), whole) <= EXACT
@@ -47,6 +47,7 @@ def streamed_equals_whole(seed: int) -> None:
 @example(145)  # a last pass that reads no image row
 @example(2076)  # output rows that are a view of a line buffer
 @example(1093)  # a statistic of a spread statistic
+@example(1_448_613_496)  # a crop, a view of a line buffer, that waits for the deep branch
 def test_random_networks(seed: int) -> None:
     streamed_equals_whole(seed)
 
