@@ -13,14 +13,12 @@ from torch.optim import Optimizer
 from bigvision.jobs.train_raster.curves import Row, RunCurves, read_curve
 from bigvision.jobs.train_raster.data import TrainingData, balanced_weights, channels_of, open_data
 from bigvision.jobs.train_raster.losses import build_loss
-from bigvision.jobs.train_raster.network import build_network
 from bigvision.jobs.train_raster.optimisation import OPTIMIZERS, learning_rate
 from bigvision.jobs.train_raster.options import TrainOptions
 from bigvision.jobs.train_raster.parallel import Ranks, joined_ranks
 from bigvision.jobs.train_raster.run_folder import RunFolder, fingerprint_of, open_run
-from bigvision.jobs.train_raster.scene_steps import SceneSteps
-from bigvision.jobs.train_raster.steps import CropSteps, Steps
-from bigvision.jobs.train_raster.validation import validate
+from bigvision.jobs.train_raster.steps import Steps
+from bigvision.jobs.train_raster.subject import OneNetwork, Subject
 from bigvision.models.spec import parse_spec
 from bigvision.streaming.losses import Loss
 from bigvision.streaming.tape import NonFiniteError
@@ -69,19 +67,18 @@ class _Run:
         self.options, self.ranks, self.say = options, ranks, say
         pairs = read_pairs(pairs_file)
         self.channels = channels_of(pairs, options)
-        self.model, self.classes = build_network(options, self.channels)
+        self.subject: Subject = OneNetwork(options, self.channels)
+        self.model, self.classes = self.subject.model, self.subject.classes
         self.data = open_data(pairs, options, self.classes)
         self.model.to(ranks.device).to(memory_format=torch.channels_last)
         self.loss = _loss(options, self.data, ranks.device)
         self.optimizer: Optimizer = OPTIMIZERS[options.optimizer](
             [p for p in self.model.parameters() if p.requires_grad], options.lr, options.weight_decay
         )
-        files = _files(pairs, options)
+        files = (*_files(pairs, options), *self.subject.files)
         asked = asdict(options) | {"overwrite": None, "tensorboard": None, "device": None}
         self.folder = RunFolder(out, fingerprint_of(asked, [asdict(pair) for pair in pairs], files=files))
-        make = CropSteps if options.crop else SceneSteps
-        self.steps: Steps = make(self.data.train, options, self.loss, ranks)
-        self.steps.prepare(self.model)
+        self.steps: Steps = self.subject.steps(self.data.train, self.loss, ranks)
         self.total = self.steps.per_epoch * options.epochs
         self.done, self.best = 0, -1.0
 
@@ -136,14 +133,13 @@ class _Run:
         text = f"epoch {epoch}/{self.options.epochs}  loss {loss:.4f}  {seconds:.2f} s a step"
         better = True
         if self.data.validation:
-            dtype = getattr(torch, self.options.dtype)
-            score = validate(self.model, self.data.validation, self.classes, self.ranks, dtype)
+            score = self.subject.validate(self.data.validation, self.ranks)
             curves.add_score(self.done, score)
             text += f"  held out: accuracy {score.accuracy:.4f}, mean IoU {score.mean_iou:.4f}"
             better = score.mean_iou > self.best
             self.best = max(self.best, score.mean_iou)
         if self.ranks.leads and better:
-            self.folder.save_weights(self.model.network.state_dict())
+            self.subject.save(self.folder)
         self._checkpoint()
         curves.draw(at_most_every=0 if self.done == self.total else 30)
         self.say(text)
@@ -185,18 +181,18 @@ class _Run:
             "options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.options).items()},
             "classes": self.classes,
             "steps": self.total,
-            "process": process_command(self.options, self.folder),
+            "process": process_command(self.options, self.folder, self.subject.words(self.folder)),
         }
 
     def _result(self) -> TrainingResult:
         scores = read_curve(self.folder.path / "validation.csv")
         best = max(scores, key=lambda row: row["mean_iou"]) if scores else None
-        command = process_command(self.options, self.folder)
+        command = process_command(self.options, self.folder, self.subject.words(self.folder))
         return TrainingResult(self.folder.path, self.folder.weights, self.done, best, command)
 
 
-def process_command(options: TrainOptions, folder: RunFolder) -> str:
-    """The `bigvision process` command that uses the weights of a run."""
+def process_command(options: TrainOptions, folder: RunFolder, more: list[str]) -> str:
+    """The `bigvision process` command that uses the weights of a run; `more`: words of its own."""
     words = ["bigvision process SCENE", f"--model '{options.model}'", f"--weights {folder.weights}"]
     if options.bands:
         words.append(f"--bands {','.join(map(str, options.bands))}")
@@ -205,7 +201,7 @@ def process_command(options: TrainOptions, folder: RunFolder) -> str:
     for name, values in (("mean", options.mean), ("std", options.std)):
         if values is not None:
             words.append(f"--{name} {','.join(f'{value:g}' for value in values)}")
-    return " ".join([*words, "--out DIR"])
+    return " ".join([*words, *more, "--out DIR"])
 
 
 def _loss(options: TrainOptions, data: TrainingData, device: torch.device) -> Loss:

@@ -52,10 +52,10 @@ class RunFolder:
         except Exception as error:
             raise ValueError(f"{self.checkpoint}: not a readable checkpoint ({error})") from error
 
-    def save_weights(self, state: dict[str, Tensor]) -> None:
-        """Replace the weights."""
-        plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-        _write(self.weights, lambda staging: save_file(plain, staging))
+    def save_weights(self, state: dict[str, Tensor], name: str = "weights.safetensors") -> None:
+        """Replace the weights, or the file of that name."""
+        plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
+        _write(self.path / name, lambda staging: save_file(plain, staging))
 
     def describe(self, description: dict[str, Any]) -> None:
         """Write `run.json`: what was asked, and how to use the result."""

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from bigvision.jobs.train_raster.options import TrainOptions
 from bigvision.jobs.train_raster.parallel import Ranks
@@ -77,13 +77,17 @@ class CropSteps:
         target = torch.from_numpy(truth.astype(np.int64)).to(device)
         model.train()
         torch.manual_seed(hash((options.seed, step, self.ranks.rank)) & 0x7FFFFFFF)
-        dtype = getattr(torch, options.dtype)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(image).float()
-        value = self.loss(logits, target)
+        value = self.value(model, image, target)
         model.zero_grad(set_to_none=True)
         value.backward()
         return StepResult(float(value.detach()), float(len(crops)), self._where(crops))
+
+    def value(self, model: nn.Module, image: Tensor, target: Tensor) -> Tensor:
+        """The loss of crops [N, C, s, s] with classes int64 [N, s, s], a scalar."""
+        dtype = getattr(torch, self.options.dtype)
+        with torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(image).float()
+        return self.loss(logits, target)
 
     def close(self) -> None:
         """Stop reading ahead."""
