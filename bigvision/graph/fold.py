@@ -1,11 +1,14 @@
-"""Folding for inference: a batch norm behind a convolution becomes part of the convolution's weights."""
+"""Folding: an eval-mode batch norm behind a convolution becomes part of the convolution's weights.
+
+The graph itself computes the folded weights from the network's own, so it follows them as they are trained,
+and gradients of the folded weights reach convolution and norm alike.
+"""
 
 from __future__ import annotations
 
 import operator
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from bigvision.graph.arguments import arguments
@@ -13,12 +16,11 @@ from bigvision.graph.trace import TracedGraph, operator_name
 
 
 def fold_batch_norm(traced: TracedGraph) -> TracedGraph:
-    """A graph that computes the same with every eval-mode batch norm folded into the convolution before it.
+    """A graph of the same tensors that computes the same, without the batch norms that a convolution can do.
 
-    The folded weights are new tensors, computed in float64 and stored in the weights' own dtype: training
-    needs the graph as it was traced.
+    Folded weights are computed in float64 and rounded to the weights' own dtype.
     """
-    graph, tensors, names = fx.Graph(), dict[fx.Node, Tensor](), dict[fx.Node, str]()
+    graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     foldable = {
         norm: convolution for norm in traced.operators() if (convolution := _convolution_behind(norm))
@@ -28,16 +30,39 @@ def fold_batch_norm(traced: TracedGraph) -> TracedGraph:
         if node in folded or node.op == "output":
             continue
         if node in foldable:
-            copies[node] = _folded(graph, node, foldable[node], traced, copies, tensors, names)
+            copies[node] = _folded(graph, node, foldable[node], copies)
         elif node.target is operator.getitem and node.args[0] in foldable:
             copies[node] = copies[node.args[0]]
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-            if node in traced.tensors:
-                tensors[copies[node]], names[copies[node]] = traced.tensors[node], traced.names[node]
     outputs = tuple(copies[node] for node in traced.outputs)
     graph.output(outputs)
+    tensors = {copies[node]: tensor for node, tensor in traced.tensors.items()}
+    names = {copies[node]: name for node, name in traced.names.items()}
     return TracedGraph(graph, copies[traced.image], outputs, traced.rebuild, tensors, names, traced.shape)
+
+
+def folded_weight(weight: Tensor, gamma: Tensor | None, variance: Tensor, eps: float) -> Tensor:
+    """weight * gamma / sqrt(variance + eps), [out, in, kernel, kernel]."""
+    return (weight.double() * _gain(gamma, variance, eps).view(-1, 1, 1, 1)).to(weight.dtype)
+
+
+def folded_bias(
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+) -> Tensor:
+    """(bias - mean) * gamma / sqrt(variance + eps) + beta, [out]."""
+    shift = (0.0 if bias is None else bias.double()) - mean.double()
+    wide = shift * _gain(gamma, variance, eps) + (0.0 if beta is None else beta.double())
+    return wide.to(mean.dtype)
+
+
+def _gain(gamma: Tensor | None, variance: Tensor, eps: float) -> Tensor:
+    return (1.0 if gamma is None else gamma.double()) * (variance.double() + eps).rsqrt()
 
 
 def _convolution_behind(norm: fx.Node) -> fx.Node | None:
@@ -50,37 +75,29 @@ def _convolution_behind(norm: fx.Node) -> fx.Node | None:
 
 
 def _folded(
-    graph: fx.Graph,
-    norm: fx.Node,
-    convolution: fx.Node,
-    traced: TracedGraph,
-    copies: dict[fx.Node, fx.Node],
-    tensors: dict[fx.Node, Tensor],
-    names: dict[fx.Node, str],
+    graph: fx.Graph, norm: fx.Node, convolution: fx.Node, copies: dict[fx.Node, fx.Node]
 ) -> fx.Node:
-    args = arguments(convolution)
-    weight, bias = _folded_weights(args, arguments(norm), traced.tensors)
+    def copied(node: fx.Node | None) -> fx.Node | None:
+        return None if node is None else copies[node]
+
+    args, of_norm = arguments(convolution), arguments(norm)
+    gamma, beta = copied(of_norm["weight"]), copied(of_norm["bias"])
+    mean, variance, eps = copies[of_norm["running_mean"]], copies[of_norm["running_var"]], of_norm["eps"]
     given: dict[str, Any] = dict(args) | {"input": copies[args["input"]]}
-    with graph.inserting_before(next(iter(copies.values()))):  # placeholders stand first
-        for name, tensor in (("weight", weight), ("bias", bias)):
-            node = graph.placeholder(f"{convolution.name}_folded_{name}")
-            node.meta["val"] = tensor.to("meta")
-            tensors[node], names[node] = tensor, f"{convolution.name}.{name} with {norm.name}"
-            given[name] = node
+    given["weight"] = graph.create_node(
+        "call_function",
+        folded_weight,
+        (copies[args["weight"]], gamma, variance, eps),
+        name=f"{convolution.name}_folded_weight",
+    )
+    given["bias"] = graph.create_node(
+        "call_function",
+        folded_bias,
+        (copied(args["bias"]), gamma, beta, mean, variance, eps),
+        name=f"{convolution.name}_folded_bias",
+    )
+    for name, like in (("weight", args["weight"]), ("bias", of_norm["running_mean"])):
+        given[name].meta = dict(convolution.meta) | {"val": like.meta["val"]}
     result = graph.call_function(convolution.target, tuple(given.values()))  # type: ignore[arg-type]
     result.meta = dict(convolution.meta)
     return result
-
-
-def _folded_weights(
-    convolution: dict[str, Any], norm: dict[str, Any], tensors: dict[fx.Node, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """(w*g, (b - mean)*g + beta) with g = gamma / sqrt(var + eps): the convolution that does both."""
-
-    def of(node: fx.Node | None, default: float) -> Tensor:
-        return torch.tensor(default, dtype=torch.float64) if node is None else tensors[node].detach().double()
-
-    weight = tensors[convolution["weight"]].detach()
-    gain = of(norm["weight"], 1.0) * (of(norm["running_var"], 1.0) + norm["eps"]).rsqrt()
-    bias = (of(convolution["bias"], 0.0) - of(norm["running_mean"], 0.0)) * gain + of(norm["bias"], 0.0)
-    return (weight.double() * gain.view(-1, 1, 1, 1)).to(weight.dtype), bias.to(weight.dtype)

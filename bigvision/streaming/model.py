@@ -58,14 +58,13 @@ class StreamedModel:
         spill = None if scratch is None else Scratch(Path(scratch[0]), parse_bytes(scratch[1]))
         self.budget = Budget(rows, limit, spill)
         traced, self.stride = trace_padded(model.eval(), shape)
-        self.program = compile_program(traced)
-        self._inference = compile_program(fold_batch_norm(traced))
-        self.rows, self._peak_bytes = plan_rows(self._inference, self.stride, rows, limit, dtype)
+        self.program = compile_program(fold_batch_norm(traced))
+        self.rows, self._peak_bytes = plan_rows(self.program, self.stride, rows, limit, dtype)
 
     @cached_property
     def plan(self) -> StreamPlan:
         """What a stream over a scene takes."""
-        program, flops = self._inference, pass_flops(self._inference)
+        program, flops = self.program, pass_flops(self.program)
         try:
             training = plan_backward(self.program, self.dtype, self.budget.beside_the_process())
         except BudgetError:
@@ -83,10 +82,9 @@ class StreamedModel:
 
     def stream(self, source: RowSource) -> Iterator[tuple[int, Tensor]]:
         """Yield (row, y): y [1, K, h, w] holds rows row .. row + h of the whole image's output, in order."""
-        program = compile_program(fold_batch_norm(self.program.traced))  # weights may have changed
-        image = ImageRows(source, self.shape, program.traced.shape[1:], self.dtype, self.device)
-        for row, y in forward(program, image, self.rows):
-            if program.output in program.stages:
+        image = self._padded(source)
+        for row, y in forward(self.program, image, self.rows):
+            if self.program.output in self.program.stages:
                 yield from self._cropped(row, y)
             else:
                 yield row, y
@@ -105,10 +103,11 @@ class StreamedModel:
         network with one answer for the image, what the loss takes), `mask` [H, W] true where a pixel counts;
         `budget` replaces the model's own.
         """
-        image = ImageRows(source, self.shape, self.program.traced.shape[1:], self.dtype, self.device)
-        return backward(
-            self.program, image, target, loss, mask=mask, budget=budget or self.budget.beside_the_process()
-        )
+        budget = budget or self.budget.beside_the_process()
+        return backward(self.program, self._padded(source), target, loss, mask=mask, budget=budget)
+
+    def _padded(self, source: RowSource) -> ImageRows:
+        return ImageRows(source, self.shape, self.program.traced.shape[1:], self.dtype, self.device)
 
     def _cropped(self, row: int, y: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Without the rows and columns that only the padding gave."""
