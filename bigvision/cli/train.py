@@ -54,6 +54,9 @@ def train(
     seed: Annotated[int, typer.Option(help="Of crops, order and dropout.")] = 0,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files too.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another run.")] = False,
+    route: Annotated[
+        Path | None, typer.Option(metavar="ROUTE.toml", help="Train its cheap network and gate, too.")
+    ] = None,
 ) -> None:
     """Train a network on labelled scenes; `bigvision process` takes the result.
 
@@ -94,6 +97,7 @@ def train(
         seed=seed,
         tensorboard=tensorboard,
         overwrite=overwrite,
+        route=route,
     )
     try:
         result = job(scenes, out, options, typer.echo)

@@ -4,6 +4,7 @@ See ``docs/routing.md``.
 """
 
 from bigvision.routing.boxes import Box
+from bigvision.routing.cascade import Cascade, expected_loss
 from bigvision.routing.experts import LowRes, RegionExpert, Skip
 from bigvision.routing.grids import GridError, check_same_grid, grid_shift, resampled
 from bigvision.routing.instance import EarlyExit, InstanceRouter, SlimBlock, WidthRouter
@@ -14,7 +15,7 @@ from bigvision.routing.plan import ExpertPlan, RoutePlan
 from bigvision.routing.record import RouteRecord, load_record
 from bigvision.routing.region import Decision, RegionRouter, region_statistics
 from bigvision.routing.resolution import MixedResolution
-from bigvision.routing.route_file import RouteSpec, load_route
+from bigvision.routing.route_file import RouteSpec, load_route, read_route, write_route
 from bigvision.routing.scene import SceneRouter
 from bigvision.routing.selection import BudgetedTopOne
 from bigvision.routing.temporal import Revisited, TemporalRouter, Visit
@@ -22,6 +23,7 @@ from bigvision.routing.temporal import Revisited, TemporalRouter, Visit
 __all__ = [
     "Box",
     "BudgetedTopOne",
+    "Cascade",
     "Decision",
     "EarlyExit",
     "ExpertPlan",
@@ -45,12 +47,15 @@ __all__ = [
     "WidthRouter",
     "check_same_grid",
     "entropy",
+    "expected_loss",
     "grid_shift",
     "load_record",
     "load_route",
     "margin",
     "merge",
+    "read_route",
     "region_statistics",
     "resampled",
     "seconds",
+    "write_route",
 ]

@@ -207,6 +207,19 @@ class RegionExpert:
         known, self.out_channels, self.flops_per_pixel = _measured(name, module, channels)
         self.shape = Shape(known.stride, known.halo, self.out_channels, known.output_scale)
 
+    def check_region(self, region: int) -> None:
+        """Refuse regions that the expert's windows don't fit.
+
+        Raises:
+            ValueError: a region that is no multiple of the stride, or no whole number of output pixels.
+        """
+        stride, scale = self.shape.stride, self.shape.scale
+        if region % stride or (region / scale).denominator != 1:
+            raise ValueError(
+                f"a region of {region} px fits no halo of expert {self.name!r}: it must be a multiple of its "
+                f"stride, {stride} px (its halo is {self.shape.halo} px)"
+            )
+
     def program(self, height: int, width: int) -> Program:
         """For images of H x W pixels, multiples of the stride, in the mode the module is in now."""
         if isinstance(self.module, Skip):

@@ -20,6 +20,7 @@ from torch.nn import functional
 from bigvision.gating import Gate, Gated, LinearScorer, budget_loss, dense_weights, link_gradients
 from bigvision.routing.boxes import Box
 from bigvision.routing.experts import Program, RegionExpert, Skip, first_output
+from bigvision.routing.latency import region_seconds
 from bigvision.routing.merging import Rectangle, merge, singles
 from bigvision.routing.pasting import Place, cut, paste
 from bigvision.routing.plan import ExpertPlan, RoutePlan
@@ -132,19 +133,12 @@ class RegionRouter(nn.Module):
         self.known = [RegionExpert(name, module, self.channels) for name, module in experts.items()]
         self.stride = math.lcm(*(one.shape.stride for one in self.known))
         self.out_channels, self.scale = _common_shape(self.known)
-        self._check_region()
+        for one in self.known:
+            one.check_region(region)
         _check_gate(gate, self.names, 2 * self.channels if features is None else None)
         flops = torch.tensor([one.flops_per_pixel * region**2 for one in self.known])
         self.register_buffer("cost", flops)
         self.register_buffer("pace", torch.ones(len(self.known)))
-
-    def _check_region(self) -> None:
-        for one in self.known:
-            if self.region % one.shape.stride or (self.region / one.shape.scale).denominator != 1:
-                raise ValueError(
-                    f"a region of {self.region} px fits no halo of expert {one.name!r}: it must be a "
-                    f"multiple of the stride {one.shape.stride} px (its halo is {one.shape.halo} px)"
-                )
 
     def forward(self, x: Tensor, *, valid: Tensor | None = None, allowed: Tensor | None = None) -> Tensor:
         """[B, K, H / scale, W / scale] of x [B, C, H, W]; see :meth:`decide` for the masks."""
@@ -221,17 +215,9 @@ class RegionRouter(nn.Module):
         Returns:
             float32 [E], seconds a region.
         """
-        side = self._size(3 * self.region, 3 * self.region)
         like = next((p for p in self.experts.parameters()), torch.zeros(()))
-        x = torch.zeros(1, self.channels, *side, dtype=like.dtype, device=like.device)
         for e, one in enumerate(self.known):
-            program = one.program(*side)
-            middle = self._out(Box(1, 1, 2, 2), side)
-            job = program.job(middle)
-            took = clock(lambda p=program, j=job: p.run(cut(x, [(0, j.read)]), j.alike))  # type: ignore[misc]
-            took = 0.0 if isinstance(one.module, Skip) else took
-            self.cost[e] = took
-            self.pace[e] = took / max(program.flops(middle), 1.0)
+            self.cost[e], self.pace[e] = region_seconds(one, self.region, clock, like)
         return self.cost.clone()
 
     # --- geometry

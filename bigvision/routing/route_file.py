@@ -9,10 +9,11 @@ threshold = 0.05        # optional: regions of a lower score stay cheap within t
 model = "bigvision.models.small_unet:small_unet?in_channels=4&classes=8"
 weights = "cheap.safetensors"   # optional; paths count from the file's own folder
 
-[learned]               # for gate = "learned"
+[learned]               # for gate = "learned", once it is trained
 weights = "gate.safetensors"
 """
 
+import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,15 +52,38 @@ class RouteSpec:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in 0..1, got {value!r}")
-        if (self.gate == "learned") != (self.gate_weights is not None):
+        if self.gate != "learned" and self.gate_weights is not None:
             raise ValueError(
                 f"gate {self.gate!r} and [learned] weights {self.gate_weights} don't go together: "
-                "a learned gate needs its weights, others have none"
+                "only a learned gate has weights"
             )
+
+    def trained_gate(self) -> Path:
+        """The file of a learned gate; ValueError where it has none yet."""
+        if self.gate_weights is None:
+            raise ValueError(
+                f"gate {self.gate!r} needs [learned] weights: `bigvision train --route` makes them"
+            )
+        return self.gate_weights
 
 
 def load_route(path: Path) -> RouteSpec:
-    """Read a ROUTE.toml.
+    """Read a ROUTE.toml that is ready to route by.
+
+    Raises:
+        ValueError: as :func:`read_route`, and for a learned gate without its weights.
+    """
+    spec = read_route(path)
+    if spec.gate == "learned":
+        try:
+            spec.trained_gate()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return spec
+
+
+def read_route(path: Path) -> RouteSpec:
+    """Read a ROUTE.toml, whose learned gate may still have to be trained.
 
     Raises:
         ValueError: naming the file and the value: no such file, not TOML, unknown or missing keys, values out
@@ -75,6 +99,30 @@ def load_route(path: Path) -> RouteSpec:
         return _spec(found, path.parent)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def write_route(spec: RouteSpec, path: Path, *, folder: Path) -> None:
+    """Write a ROUTE.toml that reads as `spec` once it stands in `folder`; files there go by name."""
+    lines = [f"region = {spec.region}", f"gate = {_quoted(spec.gate)}", f"budget = {spec.budget!r}"]
+    if spec.threshold is not None:
+        lines.append(f"threshold = {spec.threshold!r}")
+    lines += ["", "[cheap]", f"model = {_quoted(spec.model)}"]
+    lines += _weights_line(spec.weights, folder)
+    if spec.gate_weights is not None:
+        lines += ["", "[learned]", *_weights_line(spec.gate_weights, folder)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _weights_line(file: Path | None, folder: Path) -> list[str]:
+    if file is None:
+        return []
+    named = file.relative_to(folder) if file.is_relative_to(folder) else file.absolute()
+    return [f"weights = {_quoted(str(named))}"]
+
+
+def _quoted(text: str) -> str:
+    """A basic string of TOML: JSON's, but DEL must be escaped too, and surrogates must not."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _spec(found: dict[str, Any], folder: Path) -> RouteSpec:

@@ -7,21 +7,19 @@ Legend: C channels, K logits, H, W rows and columns, R, S rows and columns of re
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from rasterio.windows import Window
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bigvision.gating import linear_scores
+from bigvision.gating import LinearScorer
 from bigvision.routing.boxes import Box
 from bigvision.routing.experts import Program, RegionExpert
+from bigvision.routing.learned import load_gate, region_features
 from bigvision.routing.merging import Rectangle, merge
 from bigvision.routing.pixel import entropy, margin
 from bigvision.routing.plan import ExpertPlan, RoutePlan
@@ -61,11 +59,12 @@ class SceneRouter:
         source: the scene.
         cheap, full: networks in eval mode of one output, on `device` and in `dtype`.
         spec: the route.
+        gate: the learned gate of such a route; read from its file where absent.
         max_pixels: most pixels computed at once.
 
     Raises:
         ValueError: networks of other channels or unlike outputs, that no halo fits, a region that isn't a
-            multiple of their strides, a learned gate for other features.
+            multiple of their strides, a learned gate for other features or without weights.
     """
 
     def __init__(
@@ -75,6 +74,7 @@ class SceneRouter:
         full: nn.Module,
         spec: RouteSpec,
         *,
+        gate: LinearScorer | None = None,
         max_pixels: int = 2048 * 2048,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
@@ -85,17 +85,14 @@ class SceneRouter:
         self._check()
         self.limit = max(max_pixels // spec.region**2, 1)
         self.grid = (-(-height // spec.region), -(-width // spec.region))
-        self.gate = _load_gate(spec.gate_weights, 2 * channels + 2) if spec.gate_weights else None
+        if gate is None and spec.gate == "learned":
+            gate = load_gate(spec.trained_gate(), channels)
+        self.gate = gate
         self._programs: list[Program] = []
 
     def _check(self) -> None:
-        region = self.spec.region
         for one in self.experts:
-            if region % one.shape.stride:
-                raise ValueError(
-                    f"a region of {region} px fits no halo of the {one.name} network: it must be a "
-                    f"multiple of its stride, {one.shape.stride} px"
-                )
+            one.check_region(self.spec.region)
         cheap, full = (one.shape for one in self.experts)
         if (cheap.channels, cheap.scale) != (full.channels, full.scale) or full.scale != 1:
             raise ValueError(
@@ -255,28 +252,11 @@ class SceneRouter:
         if self.gate is None:
             kind = entropy if self.spec.gate == "entropy" else margin
             return float(kind(logits[None])[0][shown].mean())
-        seen = torch.from_numpy(pixels)[:, shown]
-        doubts = [kind(logits[None])[0][shown].mean() for kind in (entropy, margin)]
-        features = torch.cat([seen.mean(1), seen.std(1, correction=0), torch.stack(doubts)])
-        return float(linear_scores(features[None], *self.gate).softmax(1)[0, FULL])
+        features = region_features(torch.from_numpy(pixels), logits, shown)
+        return float(self.gate(features[None].to(self.gate.weight.device)).softmax(1)[0, FULL])
 
 
 def _crop(x: Any, outer: Window, inner: Window) -> Any:
     """The part over `inner` of an array over `outer`."""
     top, left = inner.row_off - outer.row_off, inner.col_off - outer.col_off
     return x[..., top : top + inner.height, left : left + inner.width]
-
-
-def _load_gate(path: Path, features: int) -> tuple[Tensor, Tensor]:
-    """A linear gate's weight [2, D] and bias [2] over mean and deviation of each channel, entropy, margin."""
-    try:
-        state = load_file(path)
-        weight, bias = state["weight"].float(), state["bias"].float()
-    except (OSError, SafetensorError, KeyError) as error:
-        raise ValueError(f"{path}: no learned gate with weight and bias: {error}") from error
-    if weight.shape != (2, features) or bias.shape != (2,):
-        raise ValueError(
-            f"{path}: a gate of {list(weight.shape)} with a bias of {list(bias.shape)}, the scene's regions "
-            f"have {features} features: it must be [2, {features}] and [2]"
-        )
-    return weight, bias

@@ -1,17 +1,20 @@
 """ROUTE.toml, records of decisions, and grids that are shifted."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
 from affine import Affine
+from hypothesis import given
+from hypothesis import strategies as st
 from rasterio.crs import CRS
 from rasterio.windows import Window
 
 from bigvision.routing.grids import GridError, check_same_grid, grid_shift, resampled
 from bigvision.routing.record import RouteRecord, load_record, route_summary
-from bigvision.routing.route_file import RouteSpec, load_route
+from bigvision.routing.route_file import RouteSpec, load_route, read_route, write_route
 from tiling import Raster, open_raster
 
 GOOD = 'region = 64\ngate = "margin"\nbudget = 0.1\n[cheap]\nmodel = "a.b:c"\n'
@@ -59,6 +62,37 @@ def test_a_bad_route_is_refused_with_file_and_value(tmp_path: Path, text: str, w
     with pytest.raises(ValueError) as refusal:
         load_route(write(tmp_path, text))
     assert all(word in str(refusal.value) for word in ["ROUTE.toml", *words]), refusal.value
+
+
+def test_a_gate_still_to_be_trained_is_read_but_not_routed_by(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD.replace("margin", "learned"))
+    assert read_route(path) == RouteSpec("a.b:c", region=64, gate="learned", budget=0.1)
+    with pytest.raises(ValueError, match=r"ROUTE\.toml.*train --route"):
+        load_route(path)
+
+
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1), st.integers(1, 9999), st.floats(0, 1),
+    st.none() | st.floats(0, 1), st.booleans(),
+)  # fmt: skip
+def test_a_written_route_reads_as_it_was(
+    tmp_path_factory: pytest.TempPathFactory,
+    model: str,
+    region: int,
+    budget: float,
+    threshold: float | None,
+    learned: bool,
+) -> None:
+    folder = tmp_path_factory.mktemp("route")
+    (folder / "gate.safetensors").touch()
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "w.safetensors"
+    elsewhere.touch()
+    spec = RouteSpec(model, elsewhere, region, "margin", budget, threshold)
+    if learned:
+        spec = replace(spec, gate="learned", gate_weights=folder / "gate.safetensors")
+    write_route(spec, folder / "ROUTE.toml", folder=folder)
+    assert load_route(folder / "ROUTE.toml") == spec
+    assert not learned or '"gate.safetensors"' in (folder / "ROUTE.toml").read_text()
 
 
 def test_a_missing_route_is_refused(tmp_path: Path) -> None:

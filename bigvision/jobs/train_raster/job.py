@@ -16,6 +16,7 @@ from bigvision.jobs.train_raster.losses import build_loss
 from bigvision.jobs.train_raster.optimisation import OPTIMIZERS, learning_rate
 from bigvision.jobs.train_raster.options import TrainOptions
 from bigvision.jobs.train_raster.parallel import Ranks, joined_ranks
+from bigvision.jobs.train_raster.routed import RoutedNetworks
 from bigvision.jobs.train_raster.run_folder import RunFolder, fingerprint_of, open_run
 from bigvision.jobs.train_raster.steps import Steps
 from bigvision.jobs.train_raster.subject import OneNetwork, Subject
@@ -67,7 +68,7 @@ class _Run:
         self.options, self.ranks, self.say = options, ranks, say
         pairs = read_pairs(pairs_file)
         self.channels = channels_of(pairs, options)
-        self.subject: Subject = OneNetwork(options, self.channels)
+        self.subject = _subject(options, self.channels)
         self.model, self.classes = self.subject.model, self.subject.classes
         self.data = open_data(pairs, options, self.classes)
         self.model.to(ranks.device).to(memory_format=torch.channels_last)
@@ -189,6 +190,12 @@ class _Run:
         best = max(scores, key=lambda row: row["mean_iou"]) if scores else None
         command = process_command(self.options, self.folder, self.subject.words(self.folder))
         return TrainingResult(self.folder.path, self.folder.weights, self.done, best, command)
+
+
+def _subject(options: TrainOptions, channels: int) -> Subject:
+    if options.route is None:
+        return OneNetwork(options, channels)
+    return RoutedNetworks(options.route, options, channels)
 
 
 def process_command(options: TrainOptions, folder: RunFolder, more: list[str]) -> str:

@@ -19,6 +19,7 @@ class TrainOptions:
     steps_per_epoch: by default as many as cover the training pixels once.
     memory, scratch, scratch_limit, rows: of a whole-scene step: bytes it may take, a folder for states that
         don't fit and the bytes they may take there, image rows a step of the scan (None: planned).
+    route: a ROUTE.toml: its cheap network and a learned gate are trained with the model as full network.
     """
 
     model: str
@@ -51,6 +52,7 @@ class TrainOptions:
     seed: int = 0
     tensorboard: bool = False
     overwrite: bool = False
+    route: Path | None = None
 
     def __post_init__(self) -> None:
         for name, known in (

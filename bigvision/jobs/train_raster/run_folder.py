@@ -57,6 +57,10 @@ class RunFolder:
         plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
         _write(self.path / name, lambda staging: save_file(plain, staging))
 
+    def write(self, name: str, write: Callable[[Path], object]) -> None:
+        """Replace a file of the run by what `write` makes of an empty place."""
+        _write(self.path / name, write)
+
     def describe(self, description: dict[str, Any]) -> None:
         """Write `run.json`: what was asked, and how to use the result."""
         text = json.dumps(

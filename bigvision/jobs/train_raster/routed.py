@@ -1,0 +1,138 @@
+"""`bigvision train --route`: a cheap network, the full one and the gate between them, trained together.
+
+Shapes: N crops, C bands, K classes, s rows and columns of a crop.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bigvision.jobs.train_raster.network import build_network
+from bigvision.jobs.train_raster.options import TrainOptions
+from bigvision.jobs.train_raster.parallel import Ranks
+from bigvision.jobs.train_raster.routed_validation import RoutedValidation
+from bigvision.jobs.train_raster.run_folder import RunFolder
+from bigvision.jobs.train_raster.steps import CropSteps, Steps
+from bigvision.jobs.train_raster.validation import Score
+from bigvision.models.spec import parse_spec
+from bigvision.routing.cascade import Cascade, expected_loss
+from bigvision.routing.latency import seconds
+from bigvision.routing.learned import load_gate
+from bigvision.routing.route_file import RouteSpec, read_route, write_route
+from bigvision.streaming.losses import Loss
+from datasets.pairs import LabelledScene
+
+ROUTE, CHEAP_WEIGHTS, GATE_WEIGHTS = "ROUTE.toml", "cheap.safetensors", "gate.safetensors"
+
+
+class RoutedNetworks:
+    """A cascade of two networks: the cheap one of a ROUTE.toml, and the run's own as the full one.
+
+    Raises:
+        ValueError: a route that can't be read or has no learned gate, networks of unlike classes, or a region
+            that doesn't fit the crops.
+    """
+
+    def __init__(self, route: Path, options: TrainOptions, channels: int) -> None:
+        self.options = options
+        self.spec = trainable_route(route, options)
+        full, self.classes = build_network(options, channels)
+        cheap, classes = build_network(
+            replace(options, model=self.spec.model, weights=self.spec.weights), channels
+        )
+        if classes != self.classes:
+            raise ValueError(
+                f"the cheap network {self.spec.model} has {classes} classes, {options.model} {self.classes}"
+            )
+        self.model = Cascade(cheap, full, channels, self.spec.region)
+        if self.spec.gate_weights is not None:
+            self.model.gate.load_state_dict(load_gate(self.spec.gate_weights, channels).state_dict())
+        self._validation: RoutedValidation | None = None
+        self._route = route
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The route, and what it begins with."""
+        named = (self._route, self.spec.weights, self.spec.gate_weights)
+        return (*(str(file) for file in named if file is not None), parse_spec(self.spec.model).source)
+
+    def steps(self, scenes: Sequence[LabelledScene], loss: Loss, ranks: Ranks) -> Steps:
+        """Random crops; the networks' latency is measured here."""
+        steps = RoutedSteps(self.spec.budget, scenes, self.options, loss, ranks)
+        steps.prepare(self.model)
+        return steps
+
+    def validate(self, scenes: Sequence[LabelledScene], ranks: Ranks) -> Score:
+        """Whole scenes, routed as `bigvision process --route` would route them."""
+        if self._validation is None:
+            self._validation = RoutedValidation(self.model, self.spec, scenes, self.classes)
+        return self._validation.score(ranks, getattr(torch, self.options.dtype))
+
+    def save(self, folder: RunFolder) -> None:
+        """The weights of both networks and the gate, and the route that names them."""
+        folder.save_weights(_plain(self.model.full))
+        folder.save_weights(_plain(self.model.cheap), CHEAP_WEIGHTS)
+        folder.save_weights(self.model.gate.state_dict(), GATE_WEIGHTS)
+        cheap, gate = folder.path / CHEAP_WEIGHTS, folder.path / GATE_WEIGHTS
+        trained = replace(self.spec, weights=cheap, gate_weights=gate)
+        folder.write(ROUTE, partial(write_route, trained, folder=folder.path))
+
+    def words(self, folder: RunFolder) -> list[str]:
+        """The trained route."""
+        return [f"--route {folder.path / ROUTE}"]
+
+
+def trainable_route(path: Path, options: TrainOptions) -> RouteSpec:
+    """The route that a run trains; ValueError, naming the file, where it has no gate to train or no room."""
+    spec = read_route(path)
+    if spec.gate != "learned":
+        raise ValueError(
+            f"{path}: gate is {spec.gate!r}, which has nothing to train; make it 'learned', or train the "
+            "networks one by one"
+        )
+    if not options.crop or options.crop % spec.region:
+        raise ValueError(
+            f"{path}: crops of whole regions are needed: --crop {options.crop} is no multiple of the region "
+            f"of {spec.region} px"
+        )
+    return spec
+
+
+class RoutedSteps(CropSteps):
+    """Crops through both networks; the loss is the expected one, with the budget's excess."""
+
+    def __init__(
+        self,
+        budget: float,
+        scenes: Sequence[LabelledScene],
+        options: TrainOptions,
+        loss: Loss,
+        ranks: Ranks,
+    ) -> None:
+        super().__init__(scenes, options, loss, ranks)
+        self.budget = budget
+
+    def prepare(self, model: nn.Module) -> None:
+        """Measure the latency of both networks: the mean over the ranks, the same on all."""
+        assert isinstance(model, Cascade)
+        cost = model.measure(partial(seconds, repeats=3))
+        cost.copy_(self.ranks.total(cost / self.ranks.world))
+
+    def value(self, model: nn.Module, image: Tensor, target: Tensor) -> Tensor:
+        """The expected loss of crops [N, C, s, s] with classes int64 [N, s, s]."""
+        assert isinstance(model, Cascade)
+        dtype = getattr(torch, self.options.dtype)
+        with torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32):
+            cheap, full = model(image)
+        return expected_loss(model, self.loss, image, (cheap.float(), full.float()), target, self.budget)
+
+
+def _plain(network: nn.Module) -> dict[str, Tensor]:
+    """The state of the network inside, by the names that its factory gives."""
+    inner = network.network
+    assert isinstance(inner, nn.Module)
+    return inner.state_dict()

@@ -1,0 +1,159 @@
+"""A cascade under training: a cheap network, a full one, and the gate that chooses between them by region.
+
+In use (:class:`~bigvision.routing.scene.SceneRouter`) a region is computed by one network. In training both
+see everything, and the loss is what it would be on average if each region drew its network from the gate's
+probabilities: a mixture of experts by regions (Jacobs et al. 1991, "Adaptive Mixtures of Local Experts", eq.
+1.2). So the gate's gradient is the difference that the full network makes to a region, and no network is
+starved of gradients while the gate knows nothing.
+
+Legend: N crops, C bands, K logits, s rows and columns of a crop, T regions with data, D features.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigvision.gating import LinearScorer, budget_loss, normalize
+from bigvision.routing.boxes import Box
+from bigvision.routing.experts import RegionExpert
+from bigvision.routing.latency import region_seconds
+from bigvision.routing.learned import feature_count, region_features
+from bigvision.routing.pasting import Place
+from bigvision.routing.scene import CHEAP, FULL, NAMES
+from bigvision.streaming.losses import Loss, Sums
+
+_EXPLORED = 0.5  # how often a region draws a network blindly, so that both learn everywhere
+_BUDGET = (
+    10.0  # weight of the budget loss: the probabilities of full settle within a few percent of the budget
+)
+
+
+@dataclass(frozen=True)
+class Regions:
+    """The regions with data of a batch, where they are, and what the gate gives the two networks there."""
+
+    places: tuple[Place, ...]
+    probs: Tensor
+
+
+class Cascade(nn.Module):
+    """Both networks and the gate of one route, all of them trainable.
+
+    Args:
+        cheap, full: [N, C, s, s] -> [N, K, s, s].
+        channels: C.
+        region: side of a region in pixels.
+
+    Attributes:
+        cost: float32 [2], measured seconds of each choice for a region: the cheap network's, and (as that
+            runs everywhere) both networks'. Kept with the parameters: a resumed run has the same.
+    """
+
+    cost: Tensor
+
+    def __init__(self, cheap: nn.Module, full: nn.Module, channels: int, region: int) -> None:
+        super().__init__()
+        self.cheap, self.full, self.channels, self.region = cheap, full, channels, region
+        self.gate = LinearScorer(feature_count(channels), 2, bias=True)
+        nn.init.zeros_(self.gate.weight)  # at first each region is as likely to go either way
+        self.register_buffer("cost", torch.ones(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the cheap and of the full network, [N, K, s, s] each, of x [N, C, s, s]."""
+        return self.cheap(x), self.full(x)
+
+    @torch.no_grad()
+    def measure(self, clock: Callable[[Callable[[], Any]], float]) -> Tensor:
+        """Take each choice's latency for a region with its halo; returns `cost`.
+
+        Args:
+            clock: runs a function and returns its seconds (see :func:`~bigvision.routing.latency.seconds`).
+
+        Raises:
+            ValueError: networks that no halo fits, or a region that doesn't fit them.
+        """
+        for e, network in enumerate((self.cheap, self.full)):
+            network.eval()
+            known = RegionExpert(NAMES[e], network, self.channels)
+            known.check_region(self.region)
+            self.cost[e], _ = region_seconds(known, self.region, clock, next(self.parameters()))
+        self.cost[FULL] += self.cost[CHEAP]
+        return self.cost
+
+    def regions(self, x: Tensor, cheap: Tensor, shown: Tensor) -> Regions:
+        """Where the gate would send each region, from what the cheap network makes of it.
+
+        Args:
+            x: [N, C, s, s]; cheap: [N, K, s, s], float32; shown: bool [N, s, s], pixels with data.
+        """
+        places, features = [], []
+        side = x.shape[-1] // self.region
+        for image in range(len(x)):
+            for row in range(side):
+                for col in range(side):
+                    box = Box(row, col, row + 1, col + 1).scaled(self.region)
+                    seen = _part(shown, (image, box))
+                    if not bool(seen.any()):
+                        continue
+                    places.append((image, box))
+                    # The gate learns from the networks; they don't learn to please it.
+                    at = _part(x, places[-1]), _part(cheap.detach(), places[-1]), seen
+                    features.append(region_features(*at))
+        if not places:
+            return Regions((), cheap.new_zeros(0, 2))
+        return Regions(tuple(places), normalize(self.gate(torch.stack(features)), "softmax"))
+
+    def budget_loss(self, probs: Tensor, budget: float) -> Tensor:
+        """Squared excess of the expected latency over that of a share (0..1) of the regions in full."""
+        cheap, both = self.cost.tolist()
+        share = (cheap + budget * (both - cheap)) / both if both else 0.0
+        return budget_loss(probs, self.cost, share)
+
+
+def expected_loss(
+    cascade: Cascade, loss: Loss, x: Tensor, logits: tuple[Tensor, Tensor], target: Tensor, budget: float
+) -> Tensor:
+    """What a batch costs on average over the gate's choices, the budget's excess included; a scalar.
+
+    Args:
+        cascade: whose gate chooses.
+        loss: a function of sums over pixels: each region's sums count by the probability of its network.
+        x: [N, C, s, s], 0 where there is no data.
+        logits: [N, K, s, s] of both networks, float32.
+        target: int64 [N, s, s]; only pixels with data have a class.
+        budget: share of the regions in full that is free of charge.
+    """
+    shown = (x != 0).any(1) | ((target >= 0) & (target < logits[CHEAP].shape[1]))
+    found = cascade.regions(x, logits[CHEAP], shown)
+    if not found.places:
+        return loss(logits[CHEAP], target) + loss(logits[FULL], target)
+    chances = (1 - _EXPLORED) * found.probs + _EXPLORED / 2
+    total: Sums | None = None
+    for place, chance in zip(found.places, chances, strict=True):
+        image, box = place
+        truth = target[image, box.top : box.bottom, box.left : box.right]
+        for y, share in zip(logits, chance, strict=True):
+            part = _scaled(loss.sums(_part(y, place)[None], truth[None]), share)
+            total = part if total is None else _added(total, part)
+    assert total is not None
+    return loss.value(total) + _BUDGET * cascade.budget_loss(found.probs, budget)
+
+
+def _part(x: Tensor, place: Place) -> Tensor:
+    """The window [..., h, w] of one image of x [N, ..., H, W]."""
+    image, box = place
+    return x[image, ..., box.top : box.bottom, box.left : box.right]
+
+
+def _scaled(sums: Sums, factor: Tensor) -> Sums:
+    return sums * factor if isinstance(sums, Tensor) else tuple(_scaled(one, factor) for one in sums)
+
+
+def _added(one: Sums, other: Sums) -> Sums:
+    if isinstance(one, Tensor):
+        assert isinstance(other, Tensor)
+        return one + other
+    return tuple(_added(a, b) for a, b in zip(one, other, strict=True))
