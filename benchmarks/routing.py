@@ -1,16 +1,17 @@
 """What routing saves: the curve from 5 % to 100 % of the regions in full, compact and scattered, and more.
 
-    python benchmarks/routing.py                  # minutes: a scene of 2048 x 2048
-    python benchmarks/routing.py --full-size      # 8192 x 8192, as the README's figures
+    python benchmarks/routing.py                  # minutes: the curve on a scene of 4096 x 4096
+    python benchmarks/routing.py --full-size      # and 25 % of a scene of 8192 x 8192
 
 Every ratio is of times taken in turn in one run; medians where a thing runs more than once. `--clock cpu`
 counts this process's work on the processor, which a busy machine changes little.
 """
 
 import argparse
+import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -88,23 +89,40 @@ def networks(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     return cheap, full
 
 
+Layout = Callable[[int, int, float], NDArray[np.bool_]]
+
+
 def nothing(*_: object) -> None:
     """Results go nowhere: only computing is timed."""
 
 
-def run(router: SceneRouter, mask: NDArray[np.bool_], clock: Timer) -> float:
-    """Seconds of the cheap network everywhere but where all is full, and the full one on the mask."""
+def all_full(router: SceneRouter, clock: Timer) -> float:
+    """Seconds of the full network everywhere, nothing else."""
+    return compute(router, np.ones(router.grid, bool), clock)
+
+
+def routed(router: SceneRouter, mask: NDArray[np.bool_], clock: Timer) -> float:
+    """Seconds of the cheap network and its scores everywhere, and the full one on the mask."""
     begun = clock()
     for box in router.blocks():
-        if not mask.all():
-            router.score(box, nothing)
+        router.score(box, nothing)
+    return clock() - begun + compute(router, mask, clock)
+
+
+def compute(router: SceneRouter, mask: NDArray[np.bool_], clock: Timer) -> float:
+    begun = clock()
     for rectangle in router.rectangles(mask, FULL):
         router.compute(FULL, rectangle, nothing)
     return clock() - begun
 
 
 def scene_curve(
-    side: int, dtype: torch.dtype, max_side: int, clock: Timer, shares: tuple[float, ...]
+    side: int,
+    dtype: torch.dtype,
+    max_side: int,
+    clock: Timer,
+    shares: Sequence[float],
+    layouts: Sequence[Layout],
 ) -> None:
     """All-full against routed scenes, end to end from pixels in memory."""
     cheap, full = networks(dtype)
@@ -113,23 +131,19 @@ def scene_curve(
     router.trace()
     rows, cols = router.grid
     print(f"\nScene of {side} x {side}, regions of {REGION}, {dtype}, rectangles of at most {max_side} px")
-    everything = np.ones((rows, cols), bool)
-    router.compute(FULL, router.rectangles(everything, FULL)[0], nothing)  # warms up
-    dense = run(router, everything, clock)
+    router.compute(FULL, router.rectangles(np.ones((rows, cols), bool), FULL)[0], nothing)  # warms up
+    dense = all_full(router, clock)
     print(f"all full: {dense:.1f} s, {side * side / dense / 1e6:.2f} Mpx/s", flush=True)
     print(" in full     layout  regions rectangles  seconds  faster  FLOPs")
-    for layout in (compact, scattered):
-        for share in shares:
-            if share == 1 or (layout is scattered and share not in (0.05, 0.25, 0.5)):
-                continue
-            mask = layout(rows, cols, share)
-            took = run(router, mask, clock)
-            plan = router.plan(np.where(mask, FULL, CHEAP).astype(np.int16))
-            print(
-                f"{mask.mean():8.0%} {layout.__name__:>10} {mask.sum():8d} "
-                f"{plan.experts[FULL].rectangles:10d} {took:8.1f} {dense / took:6.2f}x {plan.share:6.0%}",
-                flush=True,
-            )
+    for layout, share in itertools.product(layouts, shares):
+        mask = layout(rows, cols, share)
+        took = routed(router, mask, clock)
+        plan = router.plan(np.where(mask, FULL, CHEAP).astype(np.int16))
+        print(
+            f"{mask.mean():8.0%} {layout.__name__:>10} {mask.sum():8d} "
+            f"{plan.experts[FULL].rectangles:10d} {took:8.1f} {dense / took:6.2f}x {plan.share:6.0%}",
+            flush=True,
+        )
 
 
 def routed_block(dtype: torch.dtype, clock: Timer) -> None:
@@ -228,7 +242,6 @@ def revisits(folder: Path, timer: Timer) -> None:
             revisit = router(later, before, tolerance=tolerance)
             wrong = float((revisit.visit.output.argmax(0) != exact.argmax(0)).float().mean())
             work = f"{1 - revisit.reused:4.0%} recomputed"
-            work = f"{1 - revisit.reused:4.0%} recomputed"
             print(f"  tolerance {tolerance:.1f}: {work}, {wrong:6.2%} of classes differ", flush=True)
 
 
@@ -237,8 +250,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--full-size", action="store_true", help="a scene of 8192 x 8192")
-    parser.add_argument("--side", type=int, help="of the scene, instead")
+    parser.add_argument("--full-size", action="store_true", help="25 %% of a scene of 8192 x 8192, too")
+    parser.add_argument("--side", type=int, default=4096, help="of the curve's scene")
     parser.add_argument("--max-side", type=int, default=2048, help="of a rectangle computed at once")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--clock", default="wall", choices=tuple(CLOCKS))
@@ -258,9 +271,9 @@ def main() -> None:
     if args.only in (None, "block"):
         routed_block(dtype, clock)
     if args.only in (None, "scene"):
-        scene_curve(
-            args.side or (8192 if args.full_size else 2048), dtype, args.max_side, clock, tuple(args.shares)
-        )
+        scene_curve(args.side, dtype, args.max_side, clock, args.shares, (compact, scattered))
+    if args.full_size:
+        scene_curve(8192, dtype, args.max_side, clock, (0.25,), (compact,))
     if args.only in (None, "revisits") and naip.is_dir():
         revisits(naip, clock)
 

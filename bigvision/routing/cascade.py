@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from bigvision.gating import LinearScorer, budget_loss, normalize
 from bigvision.routing.boxes import Box
@@ -57,8 +58,10 @@ class Cascade(nn.Module):
     def __init__(self, cheap: nn.Module, full: nn.Module, channels: int, region: int) -> None:
         super().__init__()
         self.cheap, self.full, self.channels, self.region = cheap, full, channels, region
-        self.gate = LinearScorer(feature_count(channels), 2, bias=True)
-        nn.init.zeros_(self.gate.weight)  # at first each region is as likely to go either way
+        # Doubts and colours differ in how far they spread: in units of their own, one learning rate fits all.
+        self.standard = nn.BatchNorm1d(feature_count(channels), affine=False)
+        self.scorer = LinearScorer(feature_count(channels), 2, bias=True)
+        nn.init.zeros_(self.scorer.weight)  # at first each region is as likely to go either way
         self.register_buffer("cost", torch.ones(2))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +107,26 @@ class Cascade(nn.Module):
                     features.append(region_features(*at))
         if not places:
             return Regions((), cheap.new_zeros(0, 2))
-        return Regions(tuple(places), normalize(self.gate(torch.stack(features)), "softmax"))
+        logits = self.scorer(self._standardised(torch.stack(features)))
+        return Regions(tuple(places), normalize(logits, "softmax"))
+
+    def _standardised(self, features: Tensor) -> Tensor:
+        """Features [T, D] by their running moments, which training moves; not by those of the batch."""
+        if self.training and len(features) > 1:
+            self.standard(features)
+        known = self.standard
+        return functional.batch_norm(features, known.running_mean, known.running_var, eps=known.eps)
+
+    @property
+    def gate(self) -> LinearScorer:
+        """The gate as it is now, over features as they are: what is saved and what routes scenes."""
+        found = LinearScorer(self.scorer.weight.shape[1], 2, bias=True).to(self.cost.device)
+        mean, variance = self.standard.running_mean, self.standard.running_var
+        assert mean is not None and variance is not None and self.scorer.bias is not None
+        weight = self.scorer.weight.detach() / (variance + self.standard.eps).sqrt()
+        bias = self.scorer.bias.detach() - weight @ mean
+        found.load_state_dict({"weight": weight, "bias": bias})
+        return found.requires_grad_(False)
 
     def budget_loss(self, probs: Tensor, budget: float) -> Tensor:
         """Squared excess of the expected latency over that of a share (0..1) of the regions in full."""

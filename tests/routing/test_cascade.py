@@ -21,7 +21,9 @@ REGION, IGNORE = 8, 255
 def cascade(seed: int = 0) -> Cascade:
     torch.manual_seed(seed)
     found = Cascade(convolutions(2, 3), convolutions(2, 3), 2, REGION).eval()
-    torch.nn.init.normal_(found.gate.weight)
+    torch.nn.init.normal_(found.scorer.weight)
+    torch.nn.init.normal_(found.standard.running_mean)
+    torch.nn.init.uniform_(found.standard.running_var, 0.1, 2.0)
     return found
 
 
@@ -59,7 +61,7 @@ def test_the_loss_is_the_average_over_what_the_gate_may_choose(
 
 def test_a_gate_without_an_opinion_gives_the_mean_of_both_networks() -> None:
     model = cascade()
-    torch.nn.init.zeros_(model.gate.weight)
+    torch.nn.init.zeros_(model.scorer.weight)
     x, target = torch.randn(1, 2, 16, 16), torch.randint(0, 3, (1, 16, 16))
     for loss in (CrossEntropy(), Focal(), CrossEntropy() + 0.5 * Dice()):
         assert loss(model.cheap(x), target) != loss(model.full(x), target)
@@ -72,7 +74,7 @@ def test_the_gate_learns_where_the_full_network_is_better_and_keeps_the_budget()
     """The full network is right; the cheap one is wrong where the first band is bright."""
     torch.manual_seed(0)
     model = cascade()
-    torch.nn.init.zeros_(model.gate.weight)
+    torch.nn.init.zeros_(model.scorer.weight)
     model.cost.copy_(torch.tensor([1.0, 11.0]))
     bright = (torch.rand(4, 4, 4) < 0.25).float()
     mean = (bright * 2 - 0.5).repeat_interleave(REGION, 1).repeat_interleave(REGION, 2)
@@ -80,7 +82,7 @@ def test_the_gate_learns_where_the_full_network_is_better_and_keeps_the_budget()
     target = torch.randint(0, 3, (4, 32, 32))
     right = functional.one_hot(target, 3).permute(0, 3, 1, 2).float() * 4
     cheap = torch.where(mean[:, None] > 0, right.roll(1, 1), right)
-    optimizer = torch.optim.Adam(model.gate.parameters(), 0.05)
+    optimizer = torch.optim.Adam(model.scorer.parameters(), 0.05)
     for _ in range(300):
         loss = expected_loss(model, CrossEntropy(), x, (cheap, right), target, 0.25)
         optimizer.zero_grad()

@@ -1,5 +1,11 @@
 """Networks, depth and width by image, against slow loops over images."""
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from routing_networks import told
@@ -77,3 +83,22 @@ def test_what_does_not_fit_is_refused() -> None:
         WidthRouter(Gate(LinearScorer(4, 2)), SlimBlock(2, 6), (1, 7))
     with pytest.raises(ValueError, match="0"):
         SlimBlock(2, 6)(torch.zeros(1, 2, 3, 3), 0)
+
+
+def test_networks_spread_over_ranks_equal_one_process(tmp_path: Path) -> None:
+    """Forward, and the gradients of gate and experts, over 1, 2 and 3 ranks of uneven and no images."""
+    script = Path(__file__).with_name("ranks_instance.py")
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"ranks still waiting: {process.communicate()[0]}")
+    assert process.returncode == 0, output

@@ -21,7 +21,6 @@ from bigvision.jobs.train_raster.validation import Score
 from bigvision.models.spec import parse_spec
 from bigvision.routing.cascade import Cascade, expected_loss
 from bigvision.routing.latency import seconds
-from bigvision.routing.learned import load_gate
 from bigvision.routing.route_file import RouteSpec, read_route, write_route
 from bigvision.streaming.losses import Loss
 from datasets.pairs import LabelledScene
@@ -49,15 +48,13 @@ class RoutedNetworks:
                 f"the cheap network {self.spec.model} has {classes} classes, {options.model} {self.classes}"
             )
         self.model = Cascade(cheap, full, channels, self.spec.region)
-        if self.spec.gate_weights is not None:
-            self.model.gate.load_state_dict(load_gate(self.spec.gate_weights, channels).state_dict())
         self._validation: RoutedValidation | None = None
         self._route = route
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The route, and what it begins with."""
-        named = (self._route, self.spec.weights, self.spec.gate_weights)
+        """The route and its cheap network; its gate is trained from nothing."""
+        named = (self._route, self.spec.weights)
         return (*(str(file) for file in named if file is not None), parse_spec(self.spec.model).source)
 
     def steps(self, scenes: Sequence[LabelledScene], loss: Loss, ranks: Ranks) -> Steps:

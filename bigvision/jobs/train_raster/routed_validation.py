@@ -79,6 +79,7 @@ class RoutedValidation:
     def _routed(self, index: int, ranks: Ranks) -> tuple[NDArray[np.int64], float]:
         """Confusion [K, K] and summed log-likelihood of one scene, each region by its network."""
         router = self._router(index, ranks)
+        router.gate = self.cascade.gate
         tally = Tally(self.scenes[index], self.spec.region, router.grid, self.classes)
         score, data = np.zeros(router.grid, np.float32), np.zeros(router.grid, bool)
         for box in router.blocks():
