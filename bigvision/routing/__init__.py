@@ -5,6 +5,7 @@ See ``docs/routing.md``.
 
 from bigvision.routing.boxes import Box
 from bigvision.routing.cascade import Cascade, expected_loss
+from bigvision.routing.decision import Decision, region_statistics
 from bigvision.routing.experts import LowRes, RegionExpert, Skip
 from bigvision.routing.grids import GridError, check_same_grid, grid_shift, resampled
 from bigvision.routing.instance import EarlyExit, InstanceRouter, SlimBlock, WidthRouter
@@ -13,7 +14,7 @@ from bigvision.routing.merging import Rectangle, merge
 from bigvision.routing.pixel import PixelRefiner, entropy, margin
 from bigvision.routing.plan import ExpertPlan, RoutePlan
 from bigvision.routing.record import RouteRecord, load_record
-from bigvision.routing.region import Decision, RegionRouter, region_statistics
+from bigvision.routing.region import RegionRouter
 from bigvision.routing.resolution import MixedResolution
 from bigvision.routing.route_file import RouteSpec, load_route, read_route, write_route
 from bigvision.routing.scene import SceneRouter

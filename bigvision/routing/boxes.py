@@ -54,6 +54,10 @@ class Box(NamedTuple):
             height, width
         )
 
+    def moved(self, rows: int, cols: int) -> "Box":
+        """So many rows down and columns to the right."""
+        return Box(self.top + rows, self.left + cols, self.bottom + rows, self.right + cols)
+
     def scaled(self, factor: int) -> "Box":
         """In pixels what was in regions of `factor` pixels."""
         return Box(*(side * factor for side in self))

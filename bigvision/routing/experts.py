@@ -6,7 +6,7 @@ Legend: N windows, C channels in, K channels out, H, W rows and columns of the p
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -90,6 +90,13 @@ class Job:
 
     read: Box
     alike: Any
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for windows that may run as one batch; cuts count by identity, as like windows share them."""
+        cuts = isinstance(self.alike[0], tuple) and not isinstance(self.alike[0], Box)
+        alike = tuple(map(id, self.alike)) if cuts else self.alike
+        return self.read.height, self.read.width, alike
 
 
 class Program(Protocol):

@@ -15,6 +15,8 @@ from bigvision.routing.boxes import Box
 
 Place = tuple[int, Box]
 """A window of one image of the batch."""
+Piece = tuple[Tensor, Sequence[Place]]
+"""Windows [N, C, h, w] and their N places."""
 
 
 def _view(x: Tensor, place: Place) -> Tensor:
@@ -92,7 +94,7 @@ def cut(x: Tensor, places: Sequence[Place]) -> Tensor:
 
 def paste(
     shape: Sequence[int],
-    pieces: Sequence[tuple[Tensor, Sequence[Place]]],
+    pieces: Sequence[Piece],
     *,
     like: Tensor,
     alone: bool = False,

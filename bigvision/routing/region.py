@@ -8,71 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bigvision.gating import Gate, Gated, LinearScorer, budget_loss, dense_weights, link_gradients
-from bigvision.routing.boxes import Box
-from bigvision.routing.experts import Program, RegionExpert, Skip, first_output
+from bigvision.gating import Gate, LinearScorer, budget_loss, dense_weights, link_gradients
+from bigvision.routing.decision import Decision, region_statistics
+from bigvision.routing.experts import RegionExpert, Skip, first_output
+from bigvision.routing.gathering import computed_regions, weight_map, whole_maps
 from bigvision.routing.latency import region_seconds
-from bigvision.routing.merging import Rectangle, merge, singles
-from bigvision.routing.pasting import Place, cut, paste
-from bigvision.routing.plan import ExpertPlan, RoutePlan
+from bigvision.routing.pasting import Piece, paste
+from bigvision.routing.plan import RoutePlan
+from bigvision.routing.region_grid import RegionGrid
 
 Mode = Literal["hard", "soft"]
 Features = Callable[[Tensor, int], Tensor]
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Where each region goes, decided once.
-
-    Attributes:
-        gated: what the gate decided, of T regions, image by image and row by row.
-        shape: (B, R, S).
-    """
-
-    gated: Gated
-    shape: tuple[int, int, int]
-
-    @property
-    def expert(self) -> Tensor:
-        """int64 [B, R, S], the expert of the highest weight; -1 where there is none (nodata)."""
-        mask = self.gated.mask
-        best = self.gated.probs.detach().masked_fill(~mask, -torch.inf).argmax(1)
-        return torch.where(mask.any(1), best, -1).view(self.shape)
-
-    @property
-    def score(self) -> Tensor:
-        """float32 [B, R, S], that expert's probability; 0 where there is none."""
-        best = self.expert.view(-1, 1)
-        found = self.gated.probs.detach().gather(1, best.clamp(min=0)).squeeze(1)
-        return torch.where(best.squeeze(1) >= 0, found, 0).view(self.shape)
-
-    def mask(self, expert: int) -> NDArray[np.bool_]:
-        """bool [B, R, S], the regions that an expert works on."""
-        taken = self.gated.routing
-        chosen = torch.zeros(taken.num_tokens, dtype=torch.bool)
-        chosen[taken.token[taken.expert == expert].cpu()] = True
-        return chosen.view(self.shape).numpy()
-
-
-def region_statistics(x: Tensor, region: int) -> Tensor:
-    """Mean and standard deviation of each channel in each region: [T, 2C] of x [B, C, H, W]."""
-    wide = x if x.dtype == torch.float64 else x.float()
-
-    def average(values: Tensor) -> Tensor:
-        return functional.avg_pool2d(values, region, ceil_mode=True)
-
-    mean = average(wide)
-    spread = (average(wide.square()) - mean.square()).clamp(min=0).add(1e-12).sqrt()
-    return torch.cat([mean, spread], 1).permute(0, 2, 3, 1).flatten(0, 2)
 
 
 class RegionRouter(nn.Module):
@@ -183,20 +136,16 @@ class RegionRouter(nn.Module):
 
     def plan(self, decision: Decision, height: int, width: int) -> RoutePlan:
         """What a decision costs on images of H x W, halos and joining included, before computing it."""
-        size = self._size(height, width)
-        programs = [one.program(*size) for one in self.known]
-        plans = []
-        for e, (one, program) in enumerate(zip(self.known, programs, strict=True)):
-            mask = decision.mask(e)
-            found = [r for image in mask for r in self._rectangles(image, program, size)]
-            alone = sum(program.flops(self._out(r.box, size)) for image in mask for r in singles(image))
-            work = sum(program.flops(self._out(r.box, size)) for r in found)
-            plans.append(ExpertPlan(one.name, int(mask.sum()), len(found), work, alone, float(self.pace[e])))
+        regions = self._regions(*self._size(height, width))
+        programs = [one.program(*regions.size) for one in self.known]
+        plans = [
+            regions.plan(one.name, decision.mask(e), programs[e], float(self.pace[e]))
+            for e, one in enumerate(self.known)
+        ]
         dearest = max(range(len(programs)), key=lambda e: float(self.cost[e]))
-        everywhere = np.ones(decision.shape[1:], bool)
-        parts = self._rectangles(everywhere, programs[dearest], size)
-        dense = decision.shape[0] * sum(programs[dearest].flops(self._out(r.box, size)) for r in parts)
-        return RoutePlan(tuple(plans), dense * float(self.pace[dearest]), decision.gated.routing.num_tokens)
+        everywhere = np.ones(decision.shape, bool)
+        dense = regions.plan("dense", everywhere, programs[dearest], float(self.pace[dearest]))
+        return RoutePlan(tuple(plans), dense.flops * dense.pace, decision.gated.routing.num_tokens)
 
     def budget_loss(self, decision: Decision, budget: float) -> Tensor:
         """Squared excess of the expected cost over a share (0..1) of the dearest expert's; has a gradient.
@@ -232,18 +181,8 @@ class RegionRouter(nn.Module):
         below, beside = height - x.shape[-2], width - x.shape[-1]
         return functional.pad(x, (0, beside, 0, below)) if below or beside else x
 
-    def _out(self, box: Box, size: tuple[int, int]) -> Box:
-        """A box of regions in pixels of the output."""
-        inside = box.scaled(self.region).clipped(*size)
-        return Box(*(int(side / self.scale) for side in inside))
-
-    def _rectangles(
-        self, mask: NDArray[np.bool_], program: Program, size: tuple[int, int]
-    ) -> list[Rectangle]:
-        if not self.join:
-            return singles(mask)
-        limit = max(self.max_pixels // self.region**2, 1)
-        return merge(mask, lambda box: program.flops(self._out(box, size)), limit)
+    def _regions(self, height: int, width: int) -> RegionGrid:
+        return RegionGrid(self.region, (height, width), self.max_pixels, self.scale, self.join)
 
     def _allowed(
         self, x: Tensor, shape: tuple[int, int, int], valid: Tensor | None, allowed: Tensor | None
@@ -270,75 +209,24 @@ class RegionRouter(nn.Module):
     # --- computing
 
     def _hard(self, x: Tensor, decision: Decision, weights: Tensor) -> Tensor:
-        size = (x.shape[-2], x.shape[-1])
-        pieces: list[tuple[Tensor, list[Place]]] = []
+        regions = self._regions(x.shape[-2], x.shape[-1])
+        pieces: list[Piece] = []
         unweighted = self.gate.straight and not (weights.requires_grad and torch.is_grad_enabled())
         for e, one in enumerate(self.known):
             mask = decision.mask(e)
-            if not mask.any() or _gives_zero(one.module):
-                continue
-            program = one.program(*size)
-            for batch in self._batches(mask, program, size):
-                read = [(image, job.read) for image, _, job in batch]
-                y = program.run(cut(x, read), batch[0][2].alike)
-                pieces += self._kept(y, batch, None if unweighted else weights[..., e], size)
-        full = (len(x), self.out_channels, *(int(side / self.scale) for side in size))
+            if mask.any() and not _gives_zero(one.module):
+                by = None if unweighted else weights[..., e]
+                pieces += computed_regions(x, mask, one.program(*regions.size), regions, by)
+        full = (len(x), self.out_channels, *(int(side / self.scale) for side in regions.size))
         alone = int(decision.gated.mask.sum(1).max()) <= 1
         return paste(full, pieces, like=x, alone=alone) if pieces else x.new_zeros(full)
 
-    def _batches(self, mask: NDArray[np.bool_], program: Program, size: tuple[int, int]) -> list[list[Any]]:
-        """(image, rectangle, job) of windows that are alike, as many together as max_pixels allows."""
-        groups: dict[Any, list[Any]] = {}
-        for image, regions in enumerate(mask):
-            for rectangle in self._rectangles(regions, program, size):
-                job = program.job(self._out(rectangle.box, size))
-                key = _alike(job.alike) if self.join else (image, rectangle.box)
-                groups.setdefault((job.read.height, job.read.width, key), []).append((image, rectangle, job))
-        batches = []
-        for group in groups.values():
-            many = max(self.max_pixels // max(group[0][2].read.area, 1), 1)
-            batches += [group[at : at + many] for at in range(0, len(group), many)]
-        return batches
-
-    def _kept(
-        self, y: Tensor, batch: Sequence[Any], weights: Tensor | None, size: tuple[int, int]
-    ) -> list[tuple[Tensor, list[Place]]]:
-        """The results that were asked for, weighted, and where they go."""
-        if all(rectangle.cells == (rectangle.box,) for _, rectangle, _ in batch):
-            places = [(image, self._out(rectangle.box, size)) for image, rectangle, _ in batch]
-            if weights is not None:
-                boxes = [(image, rectangle.box) for image, rectangle, _ in batch]
-                y = y * self._weight_map(weights, boxes, y).to(y.dtype)
-            return [(y, places)]
-        pieces = []
-        for row, (image, rectangle, _) in zip(y, batch, strict=True):
-            outer = self._out(rectangle.box, size)
-            for cell in rectangle.cells:
-                at = self._out(cell, size)
-                part = row[
-                    None,
-                    :,
-                    at.top - outer.top : at.bottom - outer.top,
-                    at.left - outer.left : at.right - outer.left,
-                ]
-                if weights is not None:
-                    part = part * self._weight_map(weights, [(image, cell)], part).to(y.dtype)
-                pieces.append((part, [(image, at)]))
-        return pieces
-
-    def _weight_map(self, weights: Tensor, boxes: Sequence[Place], like: Tensor) -> Tensor:
-        """Each region's weight on each of its pixels: [N, 1, h, w]."""
-        found = torch.stack([weights[image, b.top : b.bottom, b.left : b.right] for image, b in boxes])
-        side = int(self.region / self.scale)
-        wide = found.repeat_interleave(side, 1).repeat_interleave(side, 2)
-        return wide[:, None, : like.shape[-2], : like.shape[-1]]
-
     def _soft(self, x: Tensor, weights: Tensor) -> Tensor:
+        regions = self._regions(x.shape[-2], x.shape[-1])
         total: Tensor | None = None
-        whole = [Box(0, 0, *weights.shape[1:3])] * len(x)
         for e, one in enumerate(self.known):
             y = first_output(one.module(x))
-            part = y * self._weight_map(weights[..., e], list(enumerate(whole)), y).to(y.dtype)
+            part = y * weight_map(weights[..., e], whole_maps(weights), regions, y).to(y.dtype)
             total = part if total is None else total + part
         assert total is not None
         return total
@@ -355,12 +243,6 @@ def _gives_zero(module: nn.Module) -> bool:
     if not isinstance(module, Skip) or (module.values.requires_grad and torch.is_grad_enabled()):
         return False
     return not bool(module.values.any())
-
-
-def _alike(alike: Any) -> Any:
-    """A key for what may run as one batch: cuts by identity, which windows share, and numbers by value."""
-    first = alike[0]
-    return tuple(map(id, alike)) if isinstance(first, tuple) and not isinstance(first, Box) else alike
 
 
 def _channels(experts: Mapping[str, nn.Module]) -> int:

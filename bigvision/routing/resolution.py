@@ -9,7 +9,7 @@ Legend: B images, C channels, H, W rows and columns, R, S rows and columns of re
     level: 1 is full resolution, 2 is half.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -101,14 +101,13 @@ class MixedResolution(nn.Module):
         """One layer on the regions of level k of the map x at that resolution; zeros elsewhere."""
         side = self.region // self.factors[k]
         program = one.program(*x.shape[-2:])
-        groups: dict[tuple[int, ...], list[tuple[Place, Place]]] = {}
+        groups: dict[Hashable, list[tuple[Place, Place]]] = {}
         jobs = {}
         for image, row, col in (level == k).nonzero().tolist():
             box = Box(row, col, row + 1, col + 1).scaled(side)
             job = program.job(box)
-            key = (*map(id, job.alike),) if not isinstance(job.alike[0], Box) else job.alike
-            jobs[key] = job
-            groups.setdefault(key, []).append(((image, job.read), (image, box)))
+            jobs[job.key] = job
+            groups.setdefault(job.key, []).append(((image, job.read), (image, box)))
         pieces = []
         for key, places in groups.items():
             y = program.run(cut(x, [read for read, _ in places]), jobs[key].alike)

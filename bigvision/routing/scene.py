@@ -20,9 +20,10 @@ from bigvision.gating import LinearScorer
 from bigvision.routing.boxes import Box
 from bigvision.routing.experts import Program, RegionExpert
 from bigvision.routing.learned import load_gate, region_features
-from bigvision.routing.merging import Rectangle, merge
+from bigvision.routing.merging import Rectangle
 from bigvision.routing.pixel import entropy, margin
 from bigvision.routing.plan import ExpertPlan, RoutePlan
+from bigvision.routing.region_grid import RegionGrid
 from bigvision.routing.route_file import RouteSpec
 from bigvision.routing.selection import BudgetedTopOne
 
@@ -83,7 +84,7 @@ class SceneRouter:
         channels, height, width = source.shape
         self.experts = [RegionExpert(n, m, channels) for n, m in zip(NAMES, (cheap, full), strict=True)]
         self._check()
-        self.limit = max(max_pixels // spec.region**2, 1)
+        self._grids = [RegionGrid(spec.region, self._padded(one), max_pixels) for one in self.experts]
         self.grid = (-(-height // spec.region), -(-width // spec.region))
         if gate is None and spec.gate == "learned":
             gate = load_gate(spec.trained_gate(), channels)
@@ -113,7 +114,7 @@ class SceneRouter:
 
     def blocks(self) -> Iterator[Box]:
         """The scene cut into boxes of regions that are read and scored together."""
-        side = max(int(self.limit**0.5), 1)
+        side = int(self._grids[CHEAP].limit ** 0.5)
         for row in range(0, self.grid[0], side):
             for col in range(0, self.grid[1], side):
                 yield Box(row, col, min(row + side, self.grid[0]), min(col + side, self.grid[1]))
@@ -172,14 +173,8 @@ class SceneRouter:
 
     def rectangles(self, mask: NDArray[np.bool_], expert: int, within: Box | None = None) -> list[Rectangle]:
         """The selected regions of the scene (or of a box of it), joined where that is cheaper."""
-        box = within or Box(0, 0, *self.grid)
-
-        def moved(b: Box) -> Box:
-            return Box(b.top + box.top, b.left + box.left, b.bottom + box.top, b.right + box.left)
-
-        program = self.programs[expert]
-        found = merge(mask, lambda b: program.flops(self._out(moved(b), expert)), self.limit)
-        return [Rectangle(moved(one.box), tuple(map(moved, one.cells))) for one in found]
+        corner = (0, 0) if within is None else (within.top, within.left)
+        return self._grids[expert].rectangles(mask, self.programs[expert], corner)
 
     def plan(
         self, expert: NDArray[np.int16], seconds_per_flop: tuple[float, float] = (1.0, 1.0)
@@ -190,13 +185,7 @@ class SceneRouter:
         """
 
         def work(mask: NDArray[np.bool_], e: int) -> ExpertPlan:
-            parts = self.rectangles(mask, e)
-            flops = sum(self.programs[e].flops(self._out(one.box, e)) for one in parts)
-            alone = sum(
-                self.programs[e].flops(self._out(Box(int(r), int(c), int(r) + 1, int(c) + 1), e))
-                for r, c in zip(*mask.nonzero(), strict=True)
-            )
-            return ExpertPlan(NAMES[e], int(mask.sum()), len(parts), flops, alone, seconds_per_flop[e])
+            return self._grids[e].plan(NAMES[e], [mask], self.programs[e], seconds_per_flop[e])
 
         dense = work(expert >= 0, FULL)
         return RoutePlan(
@@ -205,7 +194,7 @@ class SceneRouter:
 
     def flops(self, expert: int, box: Box) -> float:
         """Of computing a box of regions with an expert, halo included."""
-        return self.programs[expert].flops(self._out(box, expert))
+        return self._grids[expert].flops(box, self.programs[expert])
 
     # --- windows
 
@@ -214,17 +203,13 @@ class SceneRouter:
         s = one.shape.stride
         return -(-height // s) * s, -(-width // s) * s
 
-    def _out(self, box: Box, expert: int) -> Box:
-        """A box of regions in pixels of the padded scene."""
-        return box.scaled(self.spec.region).clipped(*self._padded(self.experts[expert]))
-
     def _window(self, box: Box) -> Window:
         """A box of regions as a window of the scene."""
         at = box.scaled(self.spec.region).clipped(*self.source.shape[1:])
         return Window(at.left, at.top, at.width, at.height)
 
     def _read_window(self, box: Box, expert: int) -> Window:
-        read = self.programs[expert].job(self._out(box, expert)).read.clipped(*self.source.shape[1:])
+        read = self.programs[expert].job(self._grids[expert].out(box)).read.clipped(*self.source.shape[1:])
         return Window(read.left, read.top, read.width, read.height)
 
     def _cell(self, row: int, col: int) -> tuple[slice, slice]:
@@ -235,7 +220,7 @@ class SceneRouter:
 
     def _run(self, expert: int, box: Box, pixels: NDArray[np.float32], origin: Window) -> Tensor:
         """Logits [K, h, w] of a box of regions from pixels that cover what it reads."""
-        out = self._out(box, expert)
+        out = self._grids[expert].out(box)
         job = self.programs[expert].job(out)
         top, left = job.read.top - origin.row_off, job.read.left - origin.col_off
         cut = torch.from_numpy(pixels)[None, :, top : top + job.read.height, left : left + job.read.width]
