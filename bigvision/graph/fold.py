@@ -74,9 +74,7 @@ def _convolution_behind(norm: fx.Node) -> fx.Node | None:
     return source if alone else None
 
 
-def _folded(
-    graph: fx.Graph, norm: fx.Node, convolution: fx.Node, copies: dict[fx.Node, fx.Node]
-) -> fx.Node:
+def _folded(graph: fx.Graph, norm: fx.Node, convolution: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
     def copied(node: fx.Node | None) -> fx.Node | None:
         return None if node is None else copies[node]
 

@@ -23,12 +23,14 @@ from bigvision.graph.trace import module_path, operator_name, result_shape
 from bigvision.streaming.batch_norm import SceneMoments
 from bigvision.streaming.checkpoints import CheckpointPlan, Scratch, plan_checkpoints
 from bigvision.streaming.footprint import step_bytes
+from bigvision.streaming.forward import scanned
 from bigvision.streaming.held import Held, narrowed, weights_of
 from bigvision.streaming.losses import Loss
 from bigvision.streaming.losses import Sums as LossSums
 from bigvision.streaming.memory import freed_memory_kept
 from bigvision.streaming.program import Pass, Program
-from bigvision.streaming.scan import Lines, StepResult, step
+from bigvision.streaming.row_store import GivenRows
+from bigvision.streaming.scan import StepResult
 from bigvision.streaming.schedule import schedule
 from bigvision.streaming.source import ImageRows
 from bigvision.streaming.states import StateStack
@@ -212,21 +214,15 @@ def _plan_pass(program: Program, walk: Pass, dtype: torch.dtype, budget: Budget)
     return plan_checkpoints(choices, budget.memory, budget.scratch.limit if budget.scratch else 0)
 
 
-@torch.no_grad()
 def _statistics(scene: Scene) -> tuple[list[Held], list[dict[fx.Node, Sums]]]:
     """Held values before every pass and after the last statistics, and every pass's sums."""
-    program = scene.program
+    program, given = scene.program, GivenRows(scene.program.traced.image, scene.image)
     helds, taken = [program.finish({}, weights_of(scene.program, scene.image.device))], []
     for index, walk in enumerate(program.passes):
         sums: dict[fx.Node, Sums] = {}
         if walk.statistics:
-            lines: Lines = {}
-            held = narrowed(helds[-1], scene.image.dtype)
-            for t in range(scene.schedules[index].steps):
-                done = step(walk, scene.schedules[index], t, scene.rows(index, t), lines, held)
-                lines = done.lines
-                for node, part in done.sums.items():
-                    sums[node] = program.statistics[node].merge(sums[node], part) if node in sums else part
+            for _ in scanned(program, walk, scene.schedules[index], helds[-1], given, sums):
+                pass
             helds.append(program.finish(sums, helds[-1]))
         taken.append(sums)
     return helds, taken

@@ -18,7 +18,8 @@ from bigvision.graph.trace import result_shape
 from bigvision.streaming.into import overwritten_input, write_into
 from bigvision.streaming.lines import LinePlan, plan_lines
 from bigvision.streaming.program import Pass, Stage
-from bigvision.streaming.scan import held_rows, no_rows
+from bigvision.streaming.row_store import GivenRows
+from bigvision.streaming.scan import Lines, StepResult, held_rows, no_rows
 from bigvision.streaming.schedule import Schedule
 from bigvision.streaming.statistics import Sums
 
@@ -93,21 +94,28 @@ class Scanner:
     Args:
         walk, plan: the pass and its schedule.
         held: weights, statistics and what was computed from them.
+        rows: where the pass's given rows come from, and its spilled ones go.
         dtype, device: of the rows.
     """
 
     def __init__(
-        self, walk: Pass, plan: Schedule, held: dict[fx.Node, Any], dtype: torch.dtype, device: torch.device
+        self,
+        walk: Pass,
+        plan: Schedule,
+        held: dict[fx.Node, Any],
+        rows: GivenRows,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.walk, self.plan, self.held = walk, plan, held
+        self.walk, self.plan, self.held, self.rows = walk, plan, held, rows
         self.like = torch.empty(0, dtype=dtype, device=device)
         plans = plan_lines(walk, plan)
         self.lines = {stage.node: Line(stage, plans[stage.node], dtype, device) for stage in walk.stages}
         windows = (line.window for line in self.lines.values() if line.window is not None)
         self.overwritten = frozenset(window.data.untyped_storage().data_ptr() for window in windows)
 
-    def advance(self, t: int, image: Tensor) -> tuple[Tensor | None, dict[fx.Node, Sums]]:
-        """Step `t` with the image's rows made[t] .. made[t + 1]: the new output rows and statistics' sums."""
+    def advance(self, t: int) -> StepResult:
+        """Step `t`: the new output rows and statistics' sums."""
         sums: dict[fx.Node, Sums] = {}
         output = None
         for stage in self.walk.stages:
@@ -115,24 +123,57 @@ class Scanner:
             a, b = int(made[t]), int(made[t + 1])
             if a == b:
                 continue
-            rows = self._make(stage, a, b, t, image)
+            rows = self._make(stage, a, b, t)
             for one in self.walk.statistics:
                 if one.source is stage.node:
                     sums[one.node] = one.partial(rows, a)
             if stage is self.walk.output:
                 output = self._lasting(rows)
+            if stage in self.walk.spilled:
+                self.rows.keep(stage, rows)
             self._release(stage, t)
         for line in self.lines.values():
             line.fresh = None
             if line.delay is not None:
                 line.delay.drop(int(line.plan.delay_keep[t + 1]))
-        return output, sums
+        row = 0 if self.walk.output is None else int(self.plan.made[self.walk.output.node][t])
+        return StepResult(row, output, sums)
+
+    def state(self, t: int) -> Lines:
+        """What step `t`, the next one, needs of the steps before it: views of the line buffers."""
+        lines: Lines = {}
+        for stage in self.walk.stages:
+            line, start = self.lines[stage.node], int(self.plan.kept[stage.node][t])
+            stop = int(self.plan.made[stage.node][t])
+            if start >= stop:
+                continue
+            if line.window is not None and start >= int(line.plan.window_keep[t]):
+                lines[stage.node] = line.window.rows(start, stop)
+            elif line.delay is not None:
+                lines[stage.node] = line.delay.rows(start, stop)
+        return lines
+
+    def restore(self, t: int, lines: Lines) -> Scanner:
+        """Begin at step `t` with the state before it; the scanner itself."""
+        for stage in self.walk.stages:
+            line, stop = self.lines[stage.node], int(self.plan.made[stage.node][t])
+            kept, rows = int(self.plan.kept[stage.node][t]), lines.get(stage.node)
+            if line.window is not None:
+                start = int(line.plan.window_keep[t])
+                line.window.base = line.window.stop = start
+                if rows is not None and start < stop:
+                    line.window.reserve(start, stop - start).copy_(
+                        rows.narrow(stage.axis, start - kept, stop - start)
+                    )
+            if line.delay is not None and rows is not None:
+                line.delay.push(kept, rows)
+        return self
 
     def _lasting(self, rows: Tensor) -> Tensor:
         """The rows, where no later step writes: a crop's are a view of a line buffer."""
         return rows.clone() if rows.untyped_storage().data_ptr() in self.overwritten else rows
 
-    def _make(self, stage: Stage, a: int, b: int, t: int, image: Tensor) -> Any:
+    def _make(self, stage: Stage, a: int, b: int, t: int) -> Any:
         """Rows a..b of a stage, in its line."""
         line = self.lines[stage.node]
         span = stage.span(a, b)
@@ -142,15 +183,16 @@ class Scanner:
                 return held_rows(stage, span, self.held[source])
             return self._rows(stage, source, *span.read)
 
-        if stage is self.walk.stages[0]:
-            rows = image
+        given = stage.node in self.walk.given
+        if given:
+            rows = self.rows.read(stage, a, b)
         elif line.window is not None and line.delay is None:
             rows = write_into(stage, values, span, line.window.reserve(int(line.plan.window_keep[t]), b - a))
         elif (place := self._own_input(stage)) is not None:
             rows = write_into(stage, values, span, place)
         else:
             rows = stage.kernel(values, span)
-        if line.window is not None and (line.delay is not None or rows is image):
+        if line.window is not None and (line.delay is not None or given):
             line.window.reserve(int(line.plan.window_keep[t]), b - a).copy_(rows)
         if line.delay is not None:
             line.delay.push(a, self._lasting(rows))
@@ -160,7 +202,7 @@ class Scanner:
     def _own_input(self, stage: Stage) -> Tensor | None:
         """The input that an elementwise operator may overwrite: one that nobody else reads."""
         source = overwritten_input(stage)
-        if source is None or source is self.walk.stages[0].node:
+        if source is None or source in self.walk.given:
             return None
         line = self.lines[source]
         return line.fresh if line.plan.private and line.window is None else None

@@ -97,17 +97,17 @@ def _scanner_bytes(walk: Pass, plan: Schedule, dtype: torch.dtype) -> int:
         windows += line.capacity * size
         if line.delayed:
             delays += (plan.made[stage.node][1:] - line.delay_keep[:-1]) * size
-        elif _takes_memory(stage, line, lines):
+        elif stage.node in walk.given or _takes_memory(stage, line, walk, lines):
             last = order[line.last_reader] if line.last_reader is not None else index
             alive[index : last + 1] += fresh
     return windows + int((delays + alive.max(0)).max())
 
 
-def _takes_memory(stage: Stage, line: LinePlan, lines: dict[fx.Node, LinePlan]) -> bool:
+def _takes_memory(stage: Stage, line: LinePlan, walk: Pass, lines: dict[fx.Node, LinePlan]) -> bool:
     """Whether fresh rows stand in memory of their own, not in a buffer, a view or the input's place."""
     if stage.node.op == "call_function" and operator_name(stage.node) in _VIEWS:
         return False
     if line.capacity and direct_writer(stage.node) is not None:
         return False
     source = overwritten_input(stage)
-    return source is None or not lines[source].private or lines[source].capacity > 0
+    return source is None or source in walk.given or not lines[source].private or lines[source].capacity > 0

@@ -3,41 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from torch import Tensor, fx
 
 from bigvision.streaming.buffers import Scanner
-from bigvision.streaming.held import narrowed, weights_of
+from bigvision.streaming.held import Held, narrowed, weights_of
 from bigvision.streaming.memory import freed_memory_kept
-from bigvision.streaming.program import Program
-from bigvision.streaming.schedule import schedule
+from bigvision.streaming.program import Pass, Program
+from bigvision.streaming.row_store import GivenRows, RowStore
+from bigvision.streaming.scan import StepResult
+from bigvision.streaming.schedule import Schedule, schedule
 from bigvision.streaming.source import ImageRows
 from bigvision.streaming.statistics import Sums
 
 
-def forward(program: Program, image: ImageRows, rows: int) -> Iterator[tuple[int, Tensor]]:
+def forward(
+    program: Program, image: ImageRows, rows: int, scratch: Path | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """Yield (row, y) of the padded image's output, [1, K, h, w'], `rows` image rows a step.
 
-    A network with one answer for the image yields it once, as row 0.
+    A network with one answer for the image yields it once, as row 0. A program with boundaries keeps their
+    values in the folder `scratch`.
     """
-    with freed_memory_kept():
+    with ExitStack() as open_until_done:
+        open_until_done.enter_context(freed_memory_kept())
+        store = None
+        if program.boundaries:
+            assert scratch is not None
+            store = open_until_done.enter_context(RowStore(scratch, image.device))
+        given = GivenRows(program.traced.image, image, store)
         held = program.finish({}, weights_of(program, image.device))
-        for walk in program.passes:
-            plan = schedule(walk, rows)
-            scanner = Scanner(walk, plan, narrowed(held, image.dtype), image.dtype, image.device)
+        for index, walk in enumerate(program.passes):
             sums: dict[fx.Node, Sums] = {}
-            pace = plan.made[walk.stages[0].node]
-            row = 0
-            for t in range(plan.steps):
-                with torch.inference_mode():
-                    y, taken = scanner.advance(t, image.read(int(pace[t]), int(pace[t + 1])))
-                for node, part in taken.items():
-                    sums[node] = program.statistics[node].merge(sums[node], part) if node in sums else part
-                if y is not None:
-                    yield row, y
-                    row += y.shape[walk.output.axis]  # type: ignore[union-attr]
-            with torch.inference_mode():
+            for done in scanned(program, walk, schedule(walk, rows), held, given, sums):
+                if done.output is not None:
+                    yield done.row, done.output
+            with torch.no_grad():
                 held = program.finish(sums, held)
+            if store is not None:
+                store.retain(frozenset().union(*(later.given for later in program.passes[index + 1 :])))
         if program.output not in program.stages:
             yield 0, held[program.output]
+
+
+def scanned(
+    program: Program,
+    walk: Pass,
+    plan: Schedule,
+    held: Held,
+    given: GivenRows,
+    sums: dict[fx.Node, Sums],
+) -> Iterator[StepResult]:
+    """Every step of a pass; its statistics' sums are added up in `sums`."""
+    image = given.image
+    scanner = Scanner(walk, plan, narrowed(held, image.dtype), given, image.dtype, image.device)
+    for t in range(plan.steps):
+        with torch.no_grad():
+            done = scanner.advance(t)
+        for node, part in done.sums.items():
+            sums[node] = program.statistics[node].merge(sums[node], part) if node in sums else part
+        yield done

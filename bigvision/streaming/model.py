@@ -12,6 +12,7 @@ from dask.utils import parse_bytes
 from torch import Tensor, nn
 
 from bigvision.graph import fold_batch_norm, trace_padded
+from bigvision.graph.cost import flops as cost_of
 from bigvision.streaming.backward import BackwardResult, Budget, backward, plan_backward
 from bigvision.streaming.checkpoints import BudgetError, Scratch
 from bigvision.streaming.footprint import forward_bytes
@@ -21,6 +22,7 @@ from bigvision.streaming.plan import StreamPlan, pass_flops, plan_rows
 from bigvision.streaming.program import compile_program
 from bigvision.streaming.schedule import schedule
 from bigvision.streaming.source import ImageRows, RowSource
+from bigvision.streaming.spill import scratch_bytes, spilled
 
 
 class StreamedModel:
@@ -32,7 +34,8 @@ class StreamedModel:
             the network's total stride, and the output is cropped: that is the whole-image result.
         memory: what the process may take at its peak, in bytes or as "2GiB"; None: no limit.
         rows: image rows a step; None: planned from the width and the memory.
-        scratch: (folder, bytes) for the states that a backward pass spills; None: none are.
+        scratch: (folder, bytes) for what a backward pass, or a forward one of many passes, spills; None:
+            nothing is.
         dtype: the precision to compute in; gradients arrive in the parameters' own.
         device: where to compute.
 
@@ -59,12 +62,16 @@ class StreamedModel:
         self.budget = Budget(rows, limit, spill)
         traced, self.stride = trace_padded(model.eval(), shape)
         self.program = compile_program(fold_batch_norm(traced))
-        self.rows, self._peak_bytes = plan_rows(self.program, self.stride, rows, limit, dtype)
+        self._inference = spilled(self.program, dtype, 0 if spill is None else spill.limit)
+        self.rows, self._peak_bytes = plan_rows(self._inference, self.stride, rows, limit, dtype)
 
     @cached_property
     def plan(self) -> StreamPlan:
         """What a stream over a scene takes."""
-        program, flops = self.program, pass_flops(self.program)
+        program, flops = self._inference, pass_flops(self._inference)
+        dense = sum(
+            cost_of(stage.node) for stage in program.stages.values() if stage.node.op == "call_function"
+        )
         try:
             training = plan_backward(self.program, self.dtype, self.budget.beside_the_process())
         except BudgetError:
@@ -76,14 +83,16 @@ class StreamedModel:
             engine_bytes=forward_bytes(program, self.rows, self.dtype),
             peak_bytes=self._peak_bytes,
             flops=sum(flops),
-            recomputation=sum(flops[:-1]) / max(flops[-1], 1),
+            recomputation=sum(flops) / max(dense, 1) - 1,
+            scratch_bytes=scratch_bytes(program, self.dtype),
             training=training,
         )
 
     def stream(self, source: RowSource) -> Iterator[tuple[int, Tensor]]:
         """Yield (row, y): y [1, K, h, w] holds rows row .. row + h of the whole image's output, in order."""
         image = self._padded(source)
-        for row, y in forward(self.program, image, self.rows):
+        folder = None if self.budget.scratch is None else self.budget.scratch.folder
+        for row, y in forward(self._inference, image, self.rows, folder):
             if self.program.output in self.program.stages:
                 yield from self._cropped(row, y)
             else:

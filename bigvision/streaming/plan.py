@@ -36,7 +36,8 @@ class StreamPlan:
         engine_bytes: the most that buffers, results and weights take at once.
         peak_bytes: that and what the process holds already: its predicted peak.
         flops: of all passes together.
-        recomputation: the FLOPs of the passes before the last, as a share of one dense forward.
+        recomputation: FLOPs done more than once, as a share of one dense forward.
+        scratch_bytes: the most that values between passes take in scratch storage.
         training: how every pass would be differentiated under the same memory; None where it can't be.
     """
 
@@ -47,6 +48,7 @@ class StreamPlan:
     peak_bytes: int
     flops: int
     recomputation: float
+    scratch_bytes: int
     training: tuple[CheckpointPlan, ...] | None
 
 
@@ -90,6 +92,6 @@ def row_choices(height: int, width: int, stride: int) -> list[int]:
 def pass_flops(program: Program) -> list[int]:
     """FLOPs of every pass."""
     return [
-        sum(flops(stage.node) for stage in walk.stages if stage.node.op == "call_function")
+        sum(flops(stage.node) for stage in walk.stages if stage.node not in walk.given)
         for walk in program.passes
     ]

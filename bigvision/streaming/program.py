@@ -6,8 +6,8 @@ the number of passes that must have ended before it can run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -49,6 +49,11 @@ class Stage:
     kernel: Kernel
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its (first) result over the whole image."""
+        return result_shape(self.node)
+
+    @property
     def grows(self) -> bool:
         """It resamples a held value up to rows of an image."""
         return not self.inputs and self.rows is not None
@@ -65,11 +70,32 @@ class Stage:
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """One walk over the image: the stages it runs, the statistics it sums, the rows it emits."""
+    """One walk over the image.
 
+    Attributes:
+        height: rows of the image; they set the pace.
+        stages: what it runs, in execution order.
+        given: the stages among them that are read, not computed: the image, and values that an earlier pass
+            spilled.
+        spilled: the stages whose rows are kept for later passes.
+        statistics: what it sums.
+        output: the stage whose rows it emits, in the last pass.
+    """
+
+    height: int
     stages: tuple[Stage, ...]
+    given: frozenset[fx.Node]
+    spilled: tuple[Stage, ...]
     statistics: tuple[Statistic, ...]
     output: Stage | None
+
+
+@dataclass(frozen=True, eq=False)
+class Boundary:
+    """Values kept in scratch storage at the end of pass `after`, from which the later ones start."""
+
+    after: int
+    values: frozenset[fx.Node]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +107,9 @@ class Program:
         stages: every streaming stage, in execution order, the image first.
         held: the operators on whole values, in execution order.
         statistics: by the node they finish into (or normalise).
+        levels: of every node, how many passes end before it can run.
         output: the node whose value the network returns.
+        boundaries: where passes start from values kept in scratch storage, not from the image.
     """
 
     traced: TracedGraph
@@ -90,25 +118,54 @@ class Program:
     statistics: dict[fx.Node, Statistic]
     levels: dict[fx.Node, int]
     output: fx.Node
+    boundaries: tuple[Boundary, ...] = ()
 
     @cached_property
     def passes(self) -> tuple[Pass, ...]:
         """The walks over the image, in order."""
-        last = max([self.levels[node] - 1 for node in self.statistics], default=-1)
-        if self.output in self.stages:
-            last = max(last, self.stages[self.output].level)
-        return tuple(self._pass(index, index == last) for index in range(last + 1))
+        ends = {boundary.after: boundary.values for boundary in self.boundaries}
+        walks, given = [], frozenset[fx.Node]()
+        for index in range(self.depth):
+            kept = ends.get(index, frozenset())
+            walks.append(self.walk(index, given, kept - given))
+            given = kept or given
+        return tuple(walks)
 
-    def _pass(self, index: int, final: bool) -> Pass:
+    @cached_property
+    def depth(self) -> int:
+        """How many passes there are."""
+        ends = [self.levels[node] for node in self.statistics]
+        if self.output in self.stages:
+            ends.append(self.stages[self.output].level + 1)
+        return max(ends)
+
+    def walk(
+        self, index: int, given: Set[fx.Node] = frozenset(), spilled: Set[fx.Node] = frozenset()
+    ) -> Pass:
+        """Pass `index`, starting from the values `given` beside the image and keeping the `spilled` ones."""
+        image = self.traced.image
         statistics = tuple(one for node, one in self.statistics.items() if self.levels[node] == index + 1)
-        wanted = {one.source for one in statistics} | {self.traced.image}  # the image sets the pace
-        output = self.stages.get(self.output) if final else None
+        wanted = {one.source for one in statistics} | set(spilled)
+        if not given:
+            wanted.add(image)
+        output = self.stages.get(self.output) if index == self.depth - 1 else None
         if output is not None:
             wanted.add(output.node)
         for stage in reversed(self.stages.values()):
-            if stage.node in wanted:
+            if stage.node in wanted and stage.node not in given:
                 wanted.update(stage.inputs)
-        return Pass(tuple(stage for node, stage in self.stages.items() if node in wanted), statistics, output)
+        return Pass(
+            self.stages[image].size,
+            tuple(
+                replace(stage, inputs=(), rows=None, kernel=_unreachable) if node in given else stage
+                for node, stage in self.stages.items()
+                if node in wanted
+            ),
+            frozenset(wanted & {image, *given}),
+            tuple(self.stages[node] for node in self.stages if node in spilled),
+            statistics,
+            output,
+        )
 
     def finish(
         self, sums: dict[fx.Node, tuple[Tensor, ...]], known: dict[fx.Node, Any]
@@ -225,4 +282,4 @@ def _normalisation(node: fx.Node) -> Kernel:
 
 
 def _unreachable(values: Values, span: Span) -> Any:
-    raise AssertionError("the image is read, not computed")
+    raise AssertionError("given rows are read, not computed")

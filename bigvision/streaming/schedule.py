@@ -35,10 +35,9 @@ def schedule(walk: Pass, rows: int) -> Schedule:
     No stage makes more than its share of rows in a step, so that the deep branch's lag is caught up in a few
     steps behind the image's end rather than in one huge one, and every buffer stays small.
     """
-    image = walk.stages[0]
     behind = 1
     while True:
-        steps = -(-image.size // rows) + behind
+        steps = -(-walk.height // rows) + behind
         made = _progress(walk, rows, steps)
         # A free stage ends with its readers, of which a crop leaves its last rows alone.
         if all(int(made[stage.node][-1]) == stage.size for stage in walk.stages if not stage.free):
@@ -50,12 +49,13 @@ def schedule(walk: Pass, rows: int) -> Schedule:
 
 
 def _progress(walk: Pass, rows: int, steps: int) -> dict[fx.Node, np.ndarray]:
-    image = walk.stages[0]
-    pace = np.minimum(np.arange(steps + 1) * rows, image.size)
-    made: dict[fx.Node, np.ndarray] = {image.node: pace}
-    for stage in walk.stages[1:]:
-        if not stage.free:
-            share = -(-rows * stage.size // image.size)
+    pace = np.minimum(np.arange(steps + 1) * rows, walk.height)
+    made: dict[fx.Node, np.ndarray] = {}
+    for stage in walk.stages:
+        if stage.node in walk.given:
+            made[stage.node] = -(-stage.size * pace // walk.height)
+        elif not stage.free:
+            share = -(-rows * stage.size // walk.height)
             made[stage.node] = _throttled(_ready(stage, made), share)
     _ask_free_stages(walk, made, pace)
     return made

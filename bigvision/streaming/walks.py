@@ -11,13 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from bigvision.streaming.buffers import Scanner
 from bigvision.streaming.checkpoints import CheckpointPlan, Scratch, advance, first_states
 from bigvision.streaming.losses import Loss
 from bigvision.streaming.program import Program
-from bigvision.streaming.scan import Lines, StepResult, step
+from bigvision.streaming.row_store import GivenRows
+from bigvision.streaming.scan import Lines, StepResult
 from bigvision.streaming.schedule import Schedule
 from bigvision.streaming.source import ImageRows
-from bigvision.streaming.states import StateStack
+from bigvision.streaming.states import StateStack, compact
 from bigvision.streaming.tape import Gradients, Held, TapedWalk
 from bigvision.streaming.targets import TargetRows
 
@@ -41,6 +43,14 @@ class Scene:
         """The network gives one answer for the image."""
         return self.program.output not in self.program.stages
 
+    def scanner(self, index: int, held: Held) -> Scanner:
+        """Pass `index` from its beginning."""
+        image = self.image
+        given = GivenRows(self.program.traced.image, image)
+        return Scanner(
+            self.program.passes[index], self.schedules[index], held, given, image.dtype, image.device
+        )
+
     def rows(self, index: int, t: int) -> Tensor:
         """The image rows that step `t` of pass `index` takes."""
         pace = self.schedules[index].made[self.program.passes[index].stages[0].node]
@@ -60,15 +70,14 @@ def walk_down(
 ) -> None:
     """Walk a pass, keeping the first states; without `see` no further than the last of them."""
     plan = scene.schedules[index]
-    lines: Lines = {}
+    scanner = scene.scanner(index, held)
     states = first_states(plan.steps, scene.plans[index].kept)
     for t in range(plan.steps):
         if t == (states[len(stack)] if len(stack) < len(states) else None):
-            stack.push(t, lines)
+            stack.push(t, scanner.state(t))
             if see is None and t == states[-1]:
                 return
-        done = step(scene.program.passes[index], plan, t, scene.rows(index, t), lines, held)
-        lines = done.lines
+        done = scanner.advance(t)
         if see is not None:
             see(done)
 
@@ -90,15 +99,17 @@ def walk_up(
 @torch.no_grad()
 def _state_before(scene: Scene, index: int, held: Held, stack: StateStack, target: int) -> tuple[Lines, int]:
     """The state before step `target`, and where the top of the stack is; new states are kept on the way."""
-    plan, lines = scene.schedules[index], stack.read()
-    start = here = stack.top
-    room = scene.plans[index].kept - len(stack) + 1
+    lines, start = stack.read(), stack.top
+    if start == target:
+        return lines, start
+    here, room = start, scene.plans[index].kept - len(stack) + 1
+    scanner = scene.scanner(index, held).restore(here, lines)
     while here < target:
         goal = here + advance(target + 1 - here, room)
         for t in range(here, goal):
-            lines = step(scene.program.passes[index], plan, t, scene.rows(index, t), lines, held).lines
+            scanner.advance(t)
         here = goal
         if room > 1:
-            stack.push(here, lines)
+            stack.push(here, scanner.state(here))
             start, room = here, room - 1
-    return lines, start
+    return compact(scanner.state(target)), start

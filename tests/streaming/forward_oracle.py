@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,21 +10,24 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from bigvision.streaming import StreamedModel
+from bigvision.streaming.buffers import Scanner
 from bigvision.streaming.forward import forward
 from bigvision.streaming.program import Program
-from bigvision.streaming.scan import Lines, step
+from bigvision.streaming.row_store import GivenRows
+from bigvision.streaming.scan import Lines
 from bigvision.streaming.schedule import schedule
 from bigvision.streaming.source import ImageRows
+from bigvision.streaming.states import compact
 from bigvision.streaming.statistics import Sums
 
 CPU = torch.device("cpu")
 
 
-def in_place(program: Program, image: Tensor, rows: int) -> Tensor:
+def in_place(program: Program, image: Tensor, rows: int, scratch: Path | None = None) -> Tensor:
     """The output by the inference step, whose buffers are written in place."""
     channels, height, width = image.shape
     source = ImageRows(image, (channels, height, width), (height, width), image.dtype, CPU)
-    pieces = list(forward(program, source, rows))
+    pieces = list(forward(program, source, rows, scratch))
     if program.output not in program.stages:
         return pieces[0][1]
     axis, following = program.stages[program.output].axis, 0
@@ -33,24 +37,25 @@ def in_place(program: Program, image: Tensor, rows: int) -> Tensor:
     return torch.cat([y for _, y in pieces], axis)
 
 
-def pure(program: Program, image: Tensor, rows: int) -> Tensor:
-    """The output by the pure step, the one that is differentiated."""
+def restored(program: Program, image: Tensor, rows: int) -> Tensor:
+    """The output where every step begins anew from the state that the one before it left."""
     held: dict[fx.Node, Any] = program.finish({}, {n: w.detach() for n, w in program.traced.tensors.items()})
+    channels, height, width = image.shape
+    source = ImageRows(image, (channels, height, width), (height, width), image.dtype, CPU)
+    given = GivenRows(program.traced.image, source)
     outputs: list[Tensor] = []
     for walk in program.passes:
         plan = schedule(walk, rows)
         lines: Lines = {}
         sums: dict[fx.Node, Sums] = {}
-        pace = plan.made[walk.stages[0].node]
         for t in range(plan.steps):
-            fresh = image[None, :, int(pace[t]) : int(pace[t + 1])]
-            result = step(walk, plan, t, fresh, lines, held)
-            lines = result.lines
+            scanner = Scanner(walk, plan, held, given, image.dtype, CPU).restore(t, lines)
+            result = scanner.advance(t)
+            lines = compact(scanner.state(t + 1))
             for node, part in result.sums.items():
                 sums[node] = program.statistics[node].merge(sums[node], part) if node in sums else part
             if result.output is not None:
                 outputs.append(result.output)
-        assert not lines, "rows are kept behind the end"
         held = program.finish(sums, held)
     if program.output not in program.stages:
         return held[program.output]

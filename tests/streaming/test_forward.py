@@ -1,10 +1,13 @@
 """Streamed rows equal the whole image's, for random networks, sizes and rows per step."""
 
 import random
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from forward_oracle import error, in_place, pure, settled
+from forward_oracle import error, in_place, restored, settled
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from random_graphs import RandomGraph
@@ -13,13 +16,20 @@ from torch.nn import functional as F
 
 from bigvision.graph import fold_batch_norm, trace
 from bigvision.streaming import StreamedModel
-from bigvision.streaming.program import compile_program
+from bigvision.streaming.program import Boundary, Program, compile_program
+from bigvision.streaming.spill import frontier
 
 EXACT = 1e-10
 
 
+def at_every_pass(program: Program) -> Program:
+    """The program with its values kept at the end of every pass but the last."""
+    ends = (Boundary(b, frontier(program, b)) for b in range(program.depth - 1))
+    return replace(program, boundaries=tuple(end for end in ends if end.values))
+
+
 def streamed_equals_whole(seed: int) -> None:
-    """One random network of a random size: both forms of the row step, and the folded network."""
+    """One random network of a random size: in one go and step by step, folded, and with values spilled."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
 
@@ -38,7 +48,12 @@ def streamed_equals_whole(seed: int) -> None:
             return
         assert error(in_place(program, image, rows[0]), whole) <= EXACT
         assert error(in_place(folded, image, rows[1]), whole) <= EXACT
-        assert error(pure(program, image, rows[1]), whole) <= EXACT
+        assert error(restored(program, image, rows[1]), whole) <= EXACT
+        if program.depth > 1:
+            with TemporaryDirectory() as scratch:
+                spilled = at_every_pass(folded)
+                assert error(in_place(spilled, image, rows[0], Path(scratch)), whole) <= EXACT
+                assert not list(Path(scratch).iterdir()), "rows are left behind"
 
 
 @settings(max_examples=100, suppress_health_check=list(HealthCheck))
@@ -133,7 +148,7 @@ def test_rows_of_a_spread_statistic_that_nobody_reads(rows: int) -> None:
     with torch.no_grad():
         whole = model(image[None])
         assert error(in_place(program, image, rows), whole) <= EXACT
-        assert error(pure(program, image, rows), whole) <= EXACT
+        assert error(restored(program, image, rows), whole) <= EXACT
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
