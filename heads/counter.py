@@ -10,18 +10,12 @@ Shapes: K rows, D columns.
 import torch
 from torch import Tensor
 
-_MASK64 = (1 << 64) - 1
+from bigvision.gating import counter_key
+
 _COLUMN = -1640531527  # 0x9e3779b9, the golden ratio, as a signed 32-bit number
 
-# What the bits are for; a moment's rounding takes the streams after STREAM_ROUNDING.
-STREAM_INIT, STREAM_CATCH_UP, STREAM_CENTROIDS, STREAM_ROUNDING = range(4)
-
-
-def _splitmix64(x: int) -> int:
-    x = (x + 0x9E3779B97F4A7C15) & _MASK64
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return x ^ (x >> 31)
+# What the bits are for.
+STREAM_INIT, STREAM_CATCH_UP, STREAM_ROUNDING = range(3)
 
 
 def _signed32(x: int) -> int:
@@ -38,7 +32,7 @@ def mix32(x: Tensor) -> Tensor:
 
 def row_keys(seed: int, stream: int, step: int, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Two int32 keys for each global class id (int64 [K]), together 64 bits of one row's identity."""
-    base = _splitmix64(_splitmix64(_splitmix64(seed & _MASK64) ^ stream) ^ (step & _MASK64))
+    base = counter_key(seed, stream, step)
     low = (ids & 0x7FFFFFFF).to(torch.int32)
     high = (ids >> 31).to(torch.int32)
     first = mix32(mix32(low ^ _signed32(base)) + high)
@@ -70,9 +64,18 @@ def spread_normal(first: Tensor, second: Tensor, dim: int, std: float, dtype: to
     return ((total.to(acc) - 510.0) * (std / 147.8005)).to(dtype)
 
 
+def rounding_noise(keys: tuple[Tensor, Tensor], number: int, dim: int) -> Tensor:
+    """The bits that round the `number`-th wide column of a tile: int32 [K, D], of which the lower 16 count.
+
+    Two columns share a hash, one takes its lower half and one its upper; `keys` are those of `row_keys`.
+    """
+    columns = torch.arange(dim, dtype=torch.int32, device=keys[0].device)
+    return row_noise(keys[number // 2], columns) >> 16 * (number % 2)
+
+
 def round_stochastically(x: Tensor, noise: Tensor) -> Tensor:
-    """float32 to bfloat16, up or down with the probabilities that make the expectation x; `noise` is int32,
-    same shape.
+    """float32 x to a neighbour that bfloat16 can hold, up or down with the probabilities that make the
+    expectation x: float32. `noise` is int32 of the same shape.
     """
     bits = x.view(torch.int32) + (noise & 0xFFFF)
-    return (bits & -65536).view(torch.float32).to(torch.bfloat16)
+    return (bits & -65536).view(torch.float32)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from heads.adaptive import AdaptiveMargin
 from heads.collectives import Ranks, gather_batch, together
-from heads.counter import STREAM_ROUNDING, row_keys
+from heads.counter import STREAM_ROUNDING
 from heads.gates import GateSpec
 from heads.host_rows import HostRows
 from heads.idle import StepHistory
@@ -65,8 +65,8 @@ class ShardedMarginHead(nn.Module):
         init_std: standard deviation of the initial centres.
         place: "device"; "host", with a cache of `host_cache` hot rows on the device; or a folder for
             memory-mapped files, which may be larger than RAM.
-        compiled: fuse the elementwise passes with torch.compile; eager, with a warning, where that
-            doesn't work.
+        compiled: fuse the elementwise passes, compiled ahead of time and kept for later runs; eager, with a
+            warning, where that doesn't work.
         device: where the work is done.
 
     Raises:
@@ -108,7 +108,7 @@ class ShardedMarginHead(nn.Module):
             )
         self.shard.scale, self.shard.normalized = scale, normalized
         self.shard.tile, self.shard.seed = tile, seed
-        self.shard.kernels = choose_kernels(compiled, where)
+        self.shard.kernels = choose_kernels(compiled)
         self.step = 0
         self.skipped = 0
         self.unscale: Callable[[], float] | None = None
@@ -254,7 +254,8 @@ class ShardedMarginHead(nn.Module):
     def _step(self, done: Pass, grad: Tensor) -> Tensor:
         shard = self.shard
         lr = torch.tensor(self.lr, dtype=shard.acc, device=shard.device)
-        factor = 1.0 if self.unscale is None else 1.0 / self.unscale()
+        scale = 1.0 if self.unscale is None else self.unscale()
+        factor = torch.tensor(1.0 / scale, dtype=shard.acc, device=shard.device)
 
         def update(rows: Rows, columns: dict[str, Tensor], gradient: TileGradient) -> None:
             self._update(rows, columns, gradient, lr, factor)
@@ -272,18 +273,15 @@ class ShardedMarginHead(nn.Module):
         return d_x
 
     def _update(
-        self, rows: Rows, columns: dict[str, Tensor], gradient: TileGradient, lr: Tensor, factor: float
+        self, rows: Rows, columns: dict[str, Tensor], gradient: TileGradient, lr: Tensor, factor: Tensor
     ) -> None:
         shard = self.shard
-        keys: dict[str, Tensor] = {}
-        if shard.dtype == torch.bfloat16:
-            for stream, name in enumerate(columns):
-                keys[name], _ = row_keys(self.seed, STREAM_ROUNDING + stream, self.step, shard.ids(rows))
+        keys = shard.rounding_keys(STREAM_ROUNDING, self.step, rows)
         narrow = {name: column[rows] for name, column in shard.narrow.items()}
-        new, inverse = shard.kernels.update_tile_(
+        inverse = shard.kernels.update_tile_(
             self.rule, columns, narrow, gradient.products, gradient.projection, lr, factor, keys
         )
-        for name, column in new.items():
+        for name, column in narrow.items():
             shard.narrow[name][rows] = column
         shard.inverse_norm[rows] = inverse
         shard.store.store(rows, columns)

@@ -13,7 +13,7 @@ float32.
 import torch
 from torch import Tensor
 
-from heads.counter import round_stochastically, row_noise
+from heads.counter import round_stochastically, rounding_noise
 from heads.optimizers import RowOptimizer
 
 # The logit of a sample's own class is replaced, not summed. Finite, so that 0 * MASKED is 0 and not NaN.
@@ -62,29 +62,31 @@ def update_tile_(
     d_w: Tensor,
     projection: Tensor,
     lr: Tensor,
-    factor: float,
-    keys: dict[str, Tensor],
-) -> tuple[dict[str, Tensor], Tensor]:
+    factor: Tensor,
+    keys: tuple[Tensor, ...],
+) -> Tensor:
     """One optimiser step of a tile, in place; the gradient is (d_w - projection*w)*factor.
 
-    columns: wide [K, D] ("weight" and moments), changed in place. narrow: acc or integer [K], returned
-    anew. lr: acc scalar. keys: int32 [K] for each wide column, the random keys of stochastic rounding
-    (bfloat16 only). Returns the new narrow columns and the new 1/|w| [K], taken after rounding.
+    columns: wide [K, D] ("weight" and moments). narrow: acc or integer [K]. lr, factor: acc scalars. keys:
+    two int32 [K], the random keys of stochastic rounding, or none. Returns the new 1/|w| [K], taken after
+    rounding.
     """
     acc = projection.dtype
     wide = {name: column.to(acc) for name, column in columns.items()}
     gradient = (d_w.to(acc) - projection[:, None] * wide["weight"]) * factor
     new, new_narrow = rule.step(wide, narrow, gradient, lr)
-    for name, value in new.items():
-        columns[name].copy_(rounded(value, columns[name].dtype, keys.get(name)))
-    return new_narrow, inverse_norms(columns["weight"], acc)
+    kept = {name: rounded(new[name], keys, number) for number, name in enumerate(columns)}
+    for name, column in columns.items():
+        column.copy_(kept[name])
+    for name, column in narrow.items():
+        column.copy_(new_narrow[name])
+    return inverse_norms(kept["weight"], acc)
 
 
-def rounded(x: Tensor, dtype: torch.dtype, key: Tensor | None) -> Tensor:
-    """x [K, D] in the dtype of the centres: stochastically where that is bfloat16, which takes the rows' keys
-    [K].
+def rounded(x: Tensor, keys: tuple[Tensor, ...], number: int) -> Tensor:
+    """x acc [K, D] as the centres' dtype can hold it: rounded stochastically to bfloat16 where the rows have
+    keys, each column with bits of its own. Still acc: a compiler then needs no copy of what it stores.
     """
-    if dtype != torch.bfloat16 or key is None:
-        return x.to(dtype)
-    columns = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
-    return round_stochastically(x, row_noise(key, columns))
+    if len(keys) < 2:
+        return x
+    return round_stochastically(x, rounding_noise((keys[0], keys[1]), number, x.shape[1]))

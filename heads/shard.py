@@ -103,6 +103,10 @@ class Shard:
         here = (labels >= self.classes.start) & (labels < self.classes.stop)
         return torch.where(here, labels - self.classes.start, -1)
 
+    def rounding_keys(self, stream: int, step: int, rows: Rows) -> tuple[Tensor, ...]:
+        """The keys of stochastic rounding, two int32 [K], where the centres are bfloat16; else none."""
+        return row_keys(self.seed, stream, step, self.ids(rows)) if self.dtype == torch.bfloat16 else ()
+
     def load(self, rows: Rows, names: Sequence[str] = ("weight",)) -> tuple[dict[str, Tensor], Tensor]:
         """Columns [K, D] of some rows as of now, and their 1/|w| acc [K]. Valid until the next load."""
         if self.history is None or self.last_step is None:
@@ -120,11 +124,11 @@ class Shard:
         w, m = bring_up(
             history, last, columns["weight"].to(self.acc), None if momentum is None else momentum.to(self.acc)
         )
-        key, other = row_keys(self.seed, STREAM_CATCH_UP, len(history), self.ids(rows))
+        keys = self.rounding_keys(STREAM_CATCH_UP, len(history), rows)
         stale = (last < len(history))[:, None]
-        fresh = {"weight": torch.where(stale, kernels.rounded(w, self.dtype, key), columns["weight"])}
+        fresh = {"weight": torch.where(stale, kernels.rounded(w, keys, 0).to(self.dtype), columns["weight"])}
         if m is not None and momentum is not None:
-            fresh["momentum"] = torch.where(stale, kernels.rounded(m, self.dtype, other), momentum)
+            fresh["momentum"] = torch.where(stale, kernels.rounded(m, keys, 1).to(self.dtype), momentum)
         return {n: fresh[n] for n in names}, kernels.inverse_norms(fresh["weight"], self.acc)
 
 

@@ -147,6 +147,7 @@ def _build(options: TrainOptions, plan: Plan, world: World) -> checkpoint.Traini
         place=options.place,
         optimizer=options.head_optimizer_settings(),
         seed=options.seed,
+        compiled=options.compiles(plan.classes, world.size),
         device=world.device,
     )
     if options.centres is not None:

@@ -14,7 +14,7 @@ def test_starting_centres_are_nearly_normal_and_all_different() -> None:
     assert len(rows.unique(dim=0)) == len(rows)
     unit = torch.nn.functional.normalize(rows[:500])
     off = (unit @ unit.t()).fill_diagonal_(0)
-    assert abs(off.mean()) < 1e-3 and abs(off.std() - 16**-0.5) < 0.01
+    assert abs(off.mean()) < 3e-3 and abs(off.std() - 16**-0.5) < 0.01
 
 
 def test_a_shard_draws_what_the_whole_draws_and_other_seeds_others() -> None:

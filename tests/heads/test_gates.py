@@ -52,7 +52,7 @@ def test_another_selection_is_another_training(
     assert moved.sum() < (usual.full_centers() != make(active).full_centers()).any(1).sum()
 
 
-@pytest.mark.parametrize("active", [sampled(0.2), sampled(0.2, run=16), hashed(3, 5), clustered(12, 2)])
+@pytest.mark.parametrize("active", [sampled(0.2), sampled(0.2, run=16), hashed(3, 5), clustered(24, 1)])
 def test_left_out_classes_and_their_momentum_stay_bit_identical(active: object) -> None:
     head = make(active, optimizer=SGD(0.1, momentum=0.9, weight_decay=1e-2), storage="bfloat16")
     for step in range(3):
@@ -119,7 +119,7 @@ def test_hashing_meets_the_nearest_classes_more_often_than_others() -> None:
     w = F.normalize(head.full_centers())
     x = (w[:5] + 0.05 * torch.randn(5, D, dtype=torch.float64)).requires_grad_()
     rows = active_rows(head, x, torch.full((5,), 299))
-    assert torch.isin(torch.arange(5), rows).all() and len(rows) < 0.8 * C
+    assert torch.isin(torch.arange(5), rows).all() and len(rows) < 0.9 * C
 
 
 def test_hash_codes_follow_the_centres() -> None:

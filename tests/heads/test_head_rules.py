@@ -1,4 +1,4 @@
-"""Besides the arithmetic: modes, adaptive margins, order of backwards, settings, kernels."""
+"""Besides the arithmetic: modes, adaptive margins, order of backwards, settings."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -131,24 +131,3 @@ def test_features_of_mixed_precision_get_gradients_of_their_own_kind(dtype: torc
 def test_impossible_settings_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words.replace("(", r"\(")):
         make(**settings)
-
-
-def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise OSError("no compiler here")
-
-    monkeypatch.setattr(torch, "compile", broken)
-    with pytest.warns(UserWarning, match="no compiler here.*eagerly"):
-        head = make(compiled=True)
-    head(*batch()).backward()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
-def test_compiled_kernels_are_the_eager_ones(storage: str) -> None:
-    heads = [make(storage=storage, compiled=c, optimizer=SGD(0.1, 0.9, 1e-3)) for c in (False, True)]
-    for seed in range(3):
-        losses = [head(*batch(seed)) for head in heads]
-        for loss in losses:
-            loss.backward()
-        torch.testing.assert_close(losses[0], losses[1], rtol=1e-3 if storage == "bfloat16" else 1e-5, atol=0)

@@ -37,6 +37,9 @@ class TrainOptions:
     )
     place: Annotated[str, "where the centres live: device, host, or a path (memory-mapped)"] = "device"
     head_optimizer: Annotated[str, "sgd, adagrad (row-wise) or adam"] = "sgd"
+    compiled: Annotated[str, "fuse the head's passes: auto (from 50000 classes a rank on), yes or no"] = (
+        "auto"
+    )
     batch_size: Annotated[int, "images of a step, of all ranks together"] = 128
     accumulate: Annotated[int, "parts in which a rank passes its images through the backbone"] = 1
     epochs: Annotated[float, "passes over the data"] = 20.0
@@ -84,6 +87,7 @@ class TrainOptions:
         if wrong:
             raise ValueError(f"out of range: {', '.join(wrong)}")
         _choose("dtype", self.dtype, DTYPES)
+        _choose("compiled", self.compiled, ("auto", "yes", "no"))
         _choose("batch_norm", self.batch_norm, ("local", "global"))
         if self.memory != "auto":
             parse_bytes(self.memory)
@@ -128,6 +132,10 @@ class TrainOptions:
                 f"active {self.active!r} is not all, sampled:RATE[:unbiased], clustered:COUNT:OPENED "
                 f"or hashed:TABLES:BITS: {error}"
             ) from error
+
+    def compiles(self, classes: int, ranks: int) -> bool:
+        """Whether the head's kernels are compiled: building them, once, takes about a minute."""
+        return self.compiled == "yes" or (self.compiled == "auto" and classes // ranks >= 50_000)
 
     def described(self) -> dict[str, Any]:
         """The options as plain values, for a file."""
