@@ -73,7 +73,7 @@ def test_any_shape_and_scale(reference: Oracle, c: int, d: int, b: int, tile: in
     loss, expected = head(x, y), reference(x2, y, w, (1.0, 0.3, 0.1), scale)
     loss.backward()
     expected.backward()
-    # acos turns a cosine's last digit, near 1, into half of the angle's digits (D = 1 makes every cosine +-1).
+    # acos turns a cosine's last digit, near 1, into the angle's eighth (D = 1 makes every cosine +-1).
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-10 if d > 1 else 2e-8 * scale)
     if d > 1:
         torch.testing.assert_close(x.grad, x2.grad, rtol=1e-7, atol=1e-9)
