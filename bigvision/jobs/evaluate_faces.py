@@ -45,7 +45,7 @@ def load_embedder(options: EmbedOptions) -> Embedder:
         model.to(device),
         found.image_size,
         device,
-        DTYPES[options.dtype],
+        getattr(torch, options.dtype),
         options.flip,
         options.batch_size,
         options.workers,

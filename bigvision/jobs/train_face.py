@@ -29,7 +29,7 @@ from bigvision.jobs.faces.centres import take_centres
 from bigvision.jobs.faces.curves import Curves, Point, Score
 from bigvision.jobs.faces.embed import Embedder
 from bigvision.jobs.faces.evaluation import open_evaluation, verify_source
-from bigvision.jobs.faces.options import DTYPES, TrainOptions, parse
+from bigvision.jobs.faces.options import TrainOptions, parse
 from bigvision.jobs.faces.plan import Plan, make_plan
 from bigvision.jobs.faces.report import Reporter
 from bigvision.jobs.faces.schedule import Schedule
@@ -178,7 +178,7 @@ def _stepper(
         training.head,
         training.optimizer,
         world.device,
-        DTYPES[options.dtype],
+        getattr(torch, options.dtype),
         _parts(options, world),
         options.clip,
         training.scaler,
@@ -243,7 +243,7 @@ def _step(run: Run, iterator: Any, step: int) -> tuple[Stepped, float]:
 def _evaluate(run: Run, step: int, curves: Curves | None, reporter: Reporter) -> None:
     average_statistics(run.training.backbone, run.world.size)
     embedder = Embedder(
-        run.training.backbone, run.options.image_size, run.world.device, DTYPES[run.options.dtype]
+        run.training.backbone, run.options.image_size, run.world.device, getattr(torch, run.options.dtype)
     )
     for spec, source in run.evaluations.items():
         with run.world.together(f"evaluating {spec}"):

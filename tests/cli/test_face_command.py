@@ -1,5 +1,7 @@
 """`bigvision face`: every subcommand from words to output."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,14 @@ def test_training_has_its_help() -> None:
     text = call("train", "--help")
     assert "--nproc-per-node" in text
     assert "--active" in text
+
+
+def test_the_help_of_train_is_quick() -> None:
+    program = (
+        "import sys\nfrom bigvision.cli import app\n"
+        "app(['face', 'train', '--help'], standalone_mode=False)\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "--batch-size" in done.stdout
+    assert done.stdout.splitlines()[-1] == "False"

@@ -1,18 +1,22 @@
-"""The options of a training run, checked and turned into the values they name."""
+"""The options of a training run, checked and turned into the values they name.
+
+torch and the rooms that stand on it are imported where an option becomes one of their values, so that
+`--help` is quick.
+"""
 
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
-import torch
+if TYPE_CHECKING:
+    from heads.adaptive import AdaptiveMargin
+    from heads.gates import GateSpec
+    from heads.margin import Margin
+    from heads.optimizers import RowOptimizer
 
-import heads
-from bigvision.jobs.process.options import parse_bytes
-from heads import Margin
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -90,13 +94,17 @@ class TrainOptions:
         _choose("compiled", self.compiled, ("auto", "yes", "no"))
         _choose("batch_norm", self.batch_norm, ("local", "global"))
         if self.memory != "auto":
+            from bigvision.jobs.process.options import parse_bytes
+
             parse_bytes(self.memory)
         self.head_margin()
         self.head_optimizer_settings()
         self.gate()
 
-    def head_margin(self) -> Any:
+    def head_margin(self) -> "Margin | AdaptiveMargin":
         """The margin that `margin` names."""
+        import heads
+
         if self.margin == "adaface":
             return heads.AdaFace()
         if self.margin == "magface":
@@ -109,10 +117,12 @@ class TrainOptions:
             raise ValueError(
                 f"margin {self.margin!r} is not m1,m2,m3, adaface or magface: {error}"
             ) from error
-        return Margin(*parts)
+        return heads.Margin(*parts)
 
-    def head_optimizer_settings(self) -> Any:
+    def head_optimizer_settings(self) -> "RowOptimizer":
         """The fused optimiser that `head_optimizer` names."""
+        import heads
+
         _choose("head_optimizer", self.head_optimizer, ("sgd", "adagrad", "adam"))
         if self.head_optimizer == "adagrad":
             return heads.RowwiseAdagrad(lr=self.lr, weight_decay=self.weight_decay)
@@ -120,7 +130,7 @@ class TrainOptions:
             return heads.Adam(lr=self.lr, weight_decay=self.weight_decay)
         return heads.SGD(lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
-    def gate(self) -> Any:
+    def gate(self) -> "GateSpec | None":
         """The gate of the active classes that `active` names; None for all of them."""
         kind, *values = self.active.split(":")
         try:
@@ -144,24 +154,34 @@ class TrainOptions:
         }
 
 
-def _sampled(rate: str, unbiased: str = "") -> Any:
+def _sampled(rate: str, unbiased: str = "") -> "GateSpec":
+    import heads
+
     if unbiased not in ("", "unbiased"):
         raise ValueError(f"{unbiased!r} is not unbiased")
     return heads.sampled(float(rate), unbiased=bool(unbiased))
 
 
-def _clustered(count: str, opened: str) -> Any:
+def _clustered(count: str, opened: str) -> "GateSpec":
+    import heads
+
     return heads.clustered(int(count), int(opened))
 
 
-def _hashed(tables: str, bits: str) -> Any:
+def _hashed(tables: str, bits: str) -> "GateSpec":
+    import heads
+
     return heads.hashed(int(tables), int(bits))
 
 
-GATES: dict[str, Callable[..., Any]] = {"sampled": _sampled, "clustered": _clustered, "hashed": _hashed}
+GATES: dict[str, Callable[..., "GateSpec"]] = {
+    "sampled": _sampled,
+    "clustered": _clustered,
+    "hashed": _hashed,
+}
 
 
-def _choose(name: str, value: str, known: Sequence[str] | dict[str, Any]) -> None:
+def _choose(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}")
 

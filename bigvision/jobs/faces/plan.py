@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bigvision.jobs.faces.options import DTYPES, TrainOptions
+from bigvision.jobs.faces.options import TrainOptions
 from bigvision.jobs.process.options import parse_bytes
 from bigvision.models.embedding import BackboneSpec, build_backbone
 
@@ -121,7 +121,7 @@ def backbone_memory(options: TrainOptions, images: int) -> tuple[int, int]:
     The network runs on fake tensors: their shapes are true, their memory is none.
     """
     spec = BackboneSpec(options.backbone, options.dim, options.image_size)
-    dtype = DTYPES[options.dtype]
+    dtype = getattr(torch, options.dtype)
     with FakeTensorMode(), kept_bytes() as kept:
         model = build_backbone(spec)
         x = torch.empty(images, 3, options.image_size, options.image_size)
