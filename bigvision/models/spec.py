@@ -110,11 +110,14 @@ def _load_program(spec: ModelSpec, trust: bool) -> nn.Module:
             f"model {spec.source}: a .pt2 can carry pickled code; say --trust-model if you trust it"
         )
     try:
-        return torch.export.load(spec.source).module()
+        module = torch.export.load(spec.source).module()
     except Exception as error:
         raise ValueError(
             f"model {spec.source} is not a program of torch.export: {first_line(error)}"
         ) from error
+    for change in ("train", "eval"):  # a program has the one mode it was exported in: torch lets these raise
+        setattr(module, change, lambda *mode: module)
+    return module
 
 
 def _build(spec: ModelSpec, text: str) -> nn.Module:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from process_networks import dict_net, pooling_net, random_net
@@ -76,6 +77,36 @@ def test_a_dict_output_is_its_entry_out(tmp_path: Path) -> None:
     run_scene((str(scene),), tmp_path / "out.tif", options)
     model = dict_net()
     assert_equal_to_whole(read(tmp_path / "out.tif"), whole_image(model, pixels, model.stride))
+
+
+class TestASavedProgram:
+    """A .pt2 of `torch.export` with dynamic height and width, through the whole job."""
+
+    @pytest.fixture(scope="class")
+    def program(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        model = random_net(6).eval()
+        sides = {2 + axis: model.stride * torch.export.Dim(f"s{axis}", max=20_000) for axis in range(2)}
+        exported = torch.export.export(model, (torch.zeros(1, 3, 64, 64),), dynamic_shapes={"x": sides})
+        path = tmp_path_factory.mktemp("program") / "net.pt2"
+        torch.export.save(exported, path)
+        return path
+
+    @pytest.mark.parametrize("engine", ["tiles", "stream"])
+    def test_equals_the_whole_image(self, program: Path, tmp_path: Path, engine: str) -> None:
+        pixels = random_pixels((3, 171, 133))
+        scene = write_scene(tmp_path / "scene.tif", pixels)
+        options = Options(
+            model=str(program), trust_model=True, output="logits", engine=engine, tile=64, dtype="float32"
+        )
+        outcome = run_scene((str(scene),), tmp_path / "out.tif", options)
+        assert outcome.plan is not None and outcome.plan.engine == engine
+        model = random_net(6)
+        assert_equal_to_whole(read(tmp_path / "out.tif"), whole_image(model, pixels, model.stride))
+
+    def test_is_not_opened_untrusted(self, program: Path, tmp_path: Path) -> None:
+        scene = write_scene(tmp_path / "scene.tif", random_pixels((3, 20, 20)))
+        with pytest.raises(ValueError, match=r"net\.pt2: a \.pt2 can carry pickled code; say --trust-model"):
+            run_scene((str(scene),), tmp_path / "out.tif", Options(model=str(program)))
 
 
 class TestWhatTilesCannotDoExactly:
