@@ -84,8 +84,11 @@ def map_tiles(
 def connect(address: str, timeout: float = 10.0) -> Client:
     """A client of a scheduler; RasterError where none answers at the address within `timeout` seconds."""
     from distributed import Client
+    from distributed.comm import get_address_host_port
 
     try:
+        if not address.startswith("inproc://"):
+            get_address_host_port(address)  # before a client that could never connect lingers for 20 s
         return Client(address, timeout=timeout, set_as_default=False)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, TimeoutError) as error:
         raise RasterError(f"{address}: no dask scheduler answers there: {error}") from error

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bigvision.cli.process import DType, Engine, Output, numbers
+from bigvision.cli.process import DType, Engine, Output, band_numbers, numbers
 
 if TYPE_CHECKING:
     from bigvision.jobs.plan import RasterPlan
@@ -46,7 +46,7 @@ def plan(
     options = Options(
         model=model,
         weights=weights,
-        bands=None if bands is None else tuple(int(band) for band in numbers(bands) or ()),
+        bands=band_numbers(bands),
         resolution=resolution,
         mean=numbers(mean),
         std=numbers(std),

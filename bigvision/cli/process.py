@@ -56,6 +56,16 @@ def numbers(text: str | None) -> tuple[float, ...] | None:
         raise typer.BadParameter(f"{text!r} is not a comma-separated list of numbers") from None
 
 
+def band_numbers(text: str | None) -> tuple[int, ...] | None:
+    """`4,1,2` as (4, 1, 2)."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a comma-separated list of band numbers") from None
+
+
 def process(
     scenes: Annotated[list[str], typer.Argument(metavar="SCENE...", help="Rasters, globs or directories.")],
     model: Annotated[
@@ -116,7 +126,7 @@ def process(
         model=model,
         weights=weights,
         trust_model=trust_model,
-        bands=None if bands is None else tuple(int(band) for band in numbers(bands) or ()),
+        bands=band_numbers(bands),
         stack=stack,
         resolution=resolution,
         aoi=aoi,

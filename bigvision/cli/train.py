@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bigvision.cli.process import Device, DType, numbers
+from bigvision.cli.process import Device, DType, band_numbers, numbers
 
 
 def train(
@@ -69,7 +69,7 @@ def train(
     options = TrainOptions(
         model=model,
         weights=weights,
-        bands=None if bands is None else tuple(int(band) for band in numbers(bands) or ()),
+        bands=band_numbers(bands),
         mean=numbers(mean),
         std=numbers(std),
         scale=scale,

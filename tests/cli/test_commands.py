@@ -5,8 +5,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import rasterio
+import typer
 from affine import Affine
+
+from bigvision.cli.process import band_numbers
 
 BIGVISION = Path(sys.executable).with_name("bigvision")
 
@@ -48,10 +52,18 @@ def test_an_error_is_one_sentence_and_status_1(tmp_path: Path) -> None:
         ("ingest", tmp_path / "absent.tif", tmp_path / "out.zarr"),
         ("process", tmp_path / "*.tif", "--model", "m:f", "--out", tmp_path / "out"),
         ("process", "a.tif", "--model", "m:f", "--out", tmp_path / "out", "--memory", "none"),
+        ("process", "a.tif", "--model", "m:f", "--out", tmp_path / "out", "--json", tmp_path / "no/r.json"),
     ):
         done = run(*arguments)
         assert done.returncode == 1
         assert len(done.stderr.strip().splitlines()) == 1 and "bigvision: " in done.stderr
+
+
+@pytest.mark.parametrize(("bands", "told"), [("1,x", "'1,x'"), ("1.5,2,3", "'1.5,2,3'"), ("", "''")])
+def test_bands_are_whole_numbers(bands: str, told: str) -> None:
+    with pytest.raises(typer.BadParameter, match=f"{told} is not a comma-separated list of band numbers"):
+        band_numbers(bands)
+    assert band_numbers("4,1,2") == (4, 1, 2) and band_numbers(None) is None
 
 
 def test_process_reports_and_says_what_is_done_already(tmp_path: Path) -> None:

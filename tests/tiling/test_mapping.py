@@ -181,6 +181,17 @@ def test_a_scheduler_that_does_not_answer_is_named() -> None:
     assert time.monotonic() - begin < 30
 
 
+@pytest.mark.parametrize("address", ["nonsense", "ftp://x:1", "tcp://localhost"])
+def test_an_address_that_is_none_is_named_before_a_client_is_made(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    from tiling import connect
+
+    monkeypatch.setattr("distributed.Client", None)
+    with pytest.raises(RasterError, match=f"{address}: no dask scheduler answers there: "):
+        connect(address)
+
+
 def test_after_a_failure_nothing_runs_on() -> None:
     running: list[int] = []
     started = threading.Event()

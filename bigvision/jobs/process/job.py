@@ -16,6 +16,7 @@ from bigvision.jobs.process.options import Options
 from bigvision.jobs.process.report import write_report
 from bigvision.jobs.process.run import Outcome, Watcher, run_scene
 from bigvision.jobs.process.usage import MemoryWatch
+from tiling.publish import check_free
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -30,6 +31,8 @@ def process_scenes(scenes: Sequence[str], out: Path, options: Options, *, report
     found = find_scenes(scenes, out, options)
     network_spec(options, channels=1)  # a device that isn't here concerns every scene
     _check_writable(out)
+    if report is not None:
+        check_free(report, overwrite=True)
     console = Console(stderr=True)
     outcomes = []
     with open_client(options) as client, MemoryWatch() as watch:

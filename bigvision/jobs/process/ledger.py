@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tiling.publish import publish, staging_name
+
 
 @dataclass(frozen=True)
 class Ledger:
@@ -49,12 +51,9 @@ class Ledger:
     def begin(self, record: dict[str, Any]) -> None:
         """Forget what was here and note what is being made; the pixels' store must be there already."""
         (self.folder / "done").mkdir(exist_ok=True)
-        beside = self.folder / "run.json.partial"
-        with beside.open("w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self.folder / "run.json")
+        staging = staging_name(self.folder / "run.json")
+        staging.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        publish(staging, self.folder / "run.json")
 
     def clear(self) -> None:
         """Remove everything but the lock; `run.json` first, so that half a removal is no run."""

@@ -6,14 +6,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bigvision.jobs.process.run import Outcome
+from tiling.publish import publish, staging_name
 
 
 def write_report(path: Path, outcomes: Sequence[Outcome]) -> None:
     """{"scenes": [...]}, each with the fields of `Outcome` and its megapixels a second; appears complete."""
     scenes = [asdict(outcome) | {"mpx_per_second": _speed(outcome)} for outcome in outcomes]
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(json.dumps({"scenes": scenes}, indent=1), encoding="utf-8")
-    beside.replace(path)
+    staging = staging_name(path)
+    staging.write_text(json.dumps({"scenes": scenes}, indent=1), encoding="utf-8")
+    publish(staging, path)
 
 
 def _speed(outcome: Outcome) -> float | None:
