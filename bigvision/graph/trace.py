@@ -141,7 +141,8 @@ def _without_assertions(program: torch.export.ExportedProgram) -> torch.export.E
 @contextlib.contextmanager
 def _quiet_export() -> Iterator[None]:
     """A failing export logs its own account of it; ours is one sentence."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx")]
+    names = ("torch.export", "torch._export", "torch.fx", "torch._subclasses.fake_tensor")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

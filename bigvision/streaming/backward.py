@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from bigvision.graph.trace import module_path, operator_name, result_shape
 from bigvision.streaming.batch_norm import SceneMoments
-from bigvision.streaming.checkpoints import CheckpointPlan, Scratch, plan_checkpoints
+from bigvision.streaming.checkpoints import BudgetError, CheckpointPlan, Scratch, plan_checkpoints
 from bigvision.streaming.footprint import step_bytes
 from bigvision.streaming.forward import scanned
 from bigvision.streaming.held import Held, narrowed, weights_of
@@ -210,8 +210,14 @@ def _plan_pass(program: Program, walk: Pass, dtype: torch.dtype, budget: Budget)
         rows = [min(budget.rows, height)]
     else:
         rows = [r for r in (16, 32, 64, 128, 256) if r < height] or [height]
-    choices = [step_bytes(program, walk, r, dtype) for r in rows]
-    return plan_checkpoints(choices, budget.memory, budget.scratch.limit if budget.scratch else 0)
+    scratch = budget.scratch.limit if budget.scratch else 0
+    try:
+        return plan_checkpoints([step_bytes(program, walk, r, dtype) for r in rows], budget.memory, scratch)
+    except BudgetError:
+        if budget.rows is not None:
+            raise
+    short = [step_bytes(program, walk, r, dtype) for r in (1, 2, 4, 8) if r <= height]
+    return plan_checkpoints(short, budget.memory, scratch)
 
 
 def _statistics(scene: Scene) -> tuple[list[Held], list[dict[fx.Node, Sums]]]:

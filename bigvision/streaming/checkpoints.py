@@ -62,6 +62,11 @@ class CheckpointPlan:
         return 1 + self.in_memory + self.on_disk
 
     @property
+    def spacing(self) -> float:
+        """Steps between two states that the first pass keeps, on average."""
+        return self.steps / min(self.kept, self.steps)
+
+    @property
     def recomputation(self) -> float:
         """Forward passes done again, as a share of one."""
         return self.recomputed / self.steps

@@ -189,11 +189,11 @@ def compile_program(traced: TracedGraph) -> Program:
     known = flows(traced)
     output = _main_output(traced)
     needed = _ancestors(output)
-    statistics = {
-        node: statistic_for(node, streaming_inputs(node, known)[0])
-        for node, flow in known.items()
-        if flow.statistic and node in needed
-    }
+    statistics = {}
+    for node, flow in known.items():
+        if flow.statistic and node in needed:
+            source = streaming_inputs(node, known)[0]
+            statistics[node] = statistic_for(node, source, known[source].layout.rows)  # type: ignore[union-attr]
     levels, free = _levels(known, statistics)
     stages: dict[fx.Node, Stage] = {}
     for node, flow in known.items():

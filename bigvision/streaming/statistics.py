@@ -222,13 +222,38 @@ class BinnedMaximum(Statistic):
         return values if self.name == "max_pool2d" else (values, sums[1].long())
 
 
-def statistic_for(node: fx.Node, source: fx.Node) -> Statistic:
-    """The statistic behind an operator that needs the whole image.
+class Gathered(Statistic):
+    """The few rows of a small map themselves, for a view that merges them with another axis."""
+
+    def __init__(self, node: fx.Node, source: fx.Node, axis: int) -> None:
+        super().__init__(node, source)
+        self.axis, self.rows = axis, result_shape(source)[axis]
+
+    def partial(self, x: Tensor, start: int) -> Sums:
+        """The rows in their place, zeros elsewhere."""
+
+        def zeros(rows: int) -> Tensor:
+            shape = list(x.shape)
+            shape[self.axis] = rows
+            return x.new_zeros(shape, dtype=torch.float64)
+
+        below = self.rows - start - x.shape[self.axis]
+        return (torch.cat([zeros(start), x.double(), zeros(below)], self.axis),)
+
+    def finish(self, sums: Sums) -> Tensor:
+        """The view of them all."""
+        return sums[0].to(self.dtype).reshape(result_shape(self.node))
+
+
+def statistic_for(node: fx.Node, source: fx.Node, axis: int) -> Statistic:
+    """The statistic behind an operator that needs the whole image; `axis` is that of its source's rows.
 
     Raises:
         ValueError: a case (an order, a set of axes) that none covers.
     """
     name = operator_name(node)
+    if name in _VIEWS:
+        return Gathered(node, source, axis)
     kinds: dict[str, type[Statistic]] = {
         **dict.fromkeys(("mean", "sum", "linalg_vector_norm"), Total),
         **dict.fromkeys(("adaptive_avg_pool2d", "_adaptive_avg_pool2d", "avg_pool2d"), BinnedMean),
@@ -238,6 +263,8 @@ def statistic_for(node: fx.Node, source: fx.Node) -> Statistic:
     }
     return kinds.get(name, Moments)(node, source)
 
+
+_VIEWS = frozenset(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze"))
 
 NORMALISATIONS = frozenset(("group_norm", "native_group_norm", "instance_norm", "_native_batch_norm_legit"))
 

@@ -12,6 +12,9 @@ from bigvision.graph.layout import Flow, Layout, refusal
 from bigvision.graph.rules.registry import layout_of, moved_layout, negative, pulled, rule
 from bigvision.graph.trace import result_shape
 
+# So few rows are gathered whole where a view merges them with another axis: a classifier's flat 7 x 7 map.
+GATHERED_ROWS = 8
+
 
 @rule("permute", "transpose", "t", "movedim")
 def _permuted(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
@@ -40,6 +43,8 @@ def _viewed(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     layout = layout_of(source)
     before, after = result_shape(args["self"]), result_shape(node)
     rows = _carried(before, after, layout.rows)
+    if rows is None and before[layout.rows] <= GATHERED_ROWS:
+        return Flow(None, statistic=True)
     if rows is None:
         raise refusal(node, f"its view from {before} to {after} merges rows with another axis")
     cols = None if layout.cols is None else _carried(before, after, layout.cols)
