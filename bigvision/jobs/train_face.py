@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bigvision.jobs.faces import checkpoint
 from bigvision.jobs.faces.agreement import FaceJobError, World, world_of_torchrun
-from bigvision.jobs.faces.centres import take_centres
+from bigvision.jobs.faces.centres import open_centres
 from bigvision.jobs.faces.curves import Curves, Point, Score
 from bigvision.jobs.faces.embed import Embedder
 from bigvision.jobs.faces.evaluation import open_evaluation, verify_source
@@ -34,7 +34,7 @@ from bigvision.jobs.faces.plan import Plan, make_plan
 from bigvision.jobs.faces.report import Reporter
 from bigvision.jobs.faces.schedule import Schedule
 from bigvision.jobs.faces.step import DivergedError, Stepped, Stepper
-from bigvision.models.embedding import BackboneSpec, build_backbone, save_backbone
+from bigvision.models.embedding import build_backbone, save_backbone
 from bigvision.models.global_norm import average_statistics, with_global_norms
 from bigvision.models.weights import load_weights
 from datasets.face_batches import FEWEST, TrainingBatches, training_loader
@@ -103,8 +103,14 @@ def train(options: TrainOptions, world: World) -> None:
         return
     with world.together("preparing"):
         start = _starting_point(options, restarted=world.restarts > 0)
-        training = _build(options, plan, world)
-        stepper, schedule = _stepper(options, plan, world, training)
+        backbone = _backbone(options, world)
+        centres = None if options.centres is None else open_centres(options.centres)
+    # What follows speaks with the other ranks, and tells them of its own failures.
+    head = _head(options, plan, world)
+    if centres is not None:
+        head.set_centers(centres)
+    training = _training(options, world, head, backbone)
+    stepper, schedule = _stepper(options, plan, world, training)
     run = Run(options, world, plan, batches, training, stepper, schedule, evaluations)
     step = 0 if start is None else checkpoint.load(start, training, run.settings, world)
     _loop(run, step)
@@ -128,16 +134,18 @@ def _starting_point(options: TrainOptions, *, restarted: bool = False) -> Path |
     return chosen
 
 
-def _build(options: TrainOptions, plan: Plan, world: World) -> checkpoint.Training:
+def _backbone(options: TrainOptions, world: World) -> nn.Module:
     torch.manual_seed(options.seed)
-    spec = BackboneSpec(options.backbone, options.dim, options.image_size)
-    backbone = build_backbone(spec)
+    backbone = build_backbone(options.network())
     if options.weights is not None:
         load_weights(backbone, options.weights)
     if options.batch_norm == "global":
         with_global_norms(backbone)
-    backbone = backbone.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    head = ShardedMarginHead(
+    return backbone.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _head(options: TrainOptions, plan: Plan, world: World) -> ShardedMarginHead:
+    return ShardedMarginHead(
         plan.classes,
         options.dim,
         options.head_margin(),
@@ -150,14 +158,17 @@ def _build(options: TrainOptions, plan: Plan, world: World) -> checkpoint.Traini
         compiled=options.compiles(plan.classes, world.size),
         device=world.device,
     )
-    if options.centres is not None:
-        take_centres(head, options.centres)
+
+
+def _training(
+    options: TrainOptions, world: World, head: ShardedMarginHead, backbone: nn.Module
+) -> checkpoint.Training:
     trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(
         trained, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
     )
     scaler = torch.amp.GradScaler(world.device.type, enabled=options.dtype == "float16")
-    return checkpoint.Training(head, backbone, spec, optimizer, scaler)
+    return checkpoint.Training(head, backbone, options.network(), optimizer, scaler)
 
 
 def _parts(options: TrainOptions, world: World) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import heads
 from bigvision.jobs.faces.agreement import FaceJobError, World
-from bigvision.jobs.faces.centres import take_centres
+from bigvision.jobs.faces.centres import open_centres
 from bigvision.jobs.faces.curves import Curves, Point
 from bigvision.jobs.faces.launch import command, launch
 from bigvision.jobs.faces.options import TrainOptions, parse
@@ -129,20 +129,41 @@ def test_sizes_as_text() -> None:
 
 
 def test_centres_come_from_a_file(tmp_path: Path) -> None:
-    head = heads.ShardedMarginHead(5, 8, optimizer=heads.SGD(lr=0.1), storage="float64", tile=2)
     wanted = torch.randn(5, 8, dtype=torch.float64)
-    save_file({"weight": wanted}, tmp_path / "centres.safetensors")
-    take_centres(head, tmp_path / "centres.safetensors")
-    assert torch.equal(head.full_centers(), wanted)
-    again = heads.ShardedMarginHead(5, 8, optimizer=heads.SGD(lr=0.1), storage="float64", seed=3)
-    take_centres(again, tmp_path / "centres.safetensors")
+    path = tmp_path / "centres.safetensors"
+    save_file({"weight": wanted}, path)
+    made = [
+        heads.ShardedMarginHead(5, 8, optimizer=heads.SGD(lr=0.1), storage="float64", tile=tile, seed=tile)
+        for tile in (2, 4096)
+    ]
+    for head in made:
+        head.set_centers(open_centres(path))
+        assert torch.equal(head.full_centers(), wanted)
     x, y = torch.randn(4, 8, dtype=torch.float64), torch.arange(4)
-    torch.testing.assert_close(head(x, y), again(x, y), rtol=1e-12, atol=0)
+    torch.testing.assert_close(made[0](x, y), made[1](x, y), rtol=1e-12, atol=0)
     other = heads.ShardedMarginHead(6, 8, optimizer=heads.SGD(lr=0.1))
-    with pytest.raises(ValueError, match=r"are \(5, 8\), the head's \(6, 8\)"):
-        take_centres(other, tmp_path / "centres.safetensors")
-    with pytest.raises(ValueError, match="cannot be read"):
-        take_centres(other, tmp_path / "absent.safetensors")
+    with pytest.raises(ValueError, match=r"centres must be \(6, 8\), got \(5, 8\)"):
+        other.set_centers(open_centres(path))
+    save_file({"other": wanted}, tmp_path / "other.safetensors")
+    for name in ("absent.safetensors", "other.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read"):
+            open_centres(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("active", "place", "gate"),
+    [
+        ("all", "device", None),
+        ("sampled:0.1", "device", heads.sampled(0.1)),
+        ("sampled:0.1:unbiased", "host", heads.sampled(0.1, unbiased=True)),
+        ("sampled:0.1", "/scratch", heads.sampled(0.1, run=64)),  # a disk reads runs
+        ("sampled:0.1:unbiased:run=8", "/scratch", heads.sampled(0.1, unbiased=True, run=8)),
+        ("clustered:20:2:epsilon=0.1", "device", heads.clustered(20, 2, epsilon=0.1)),
+        ("hashed:4:6", "device", heads.hashed(4, 6)),
+    ],
+)
+def test_gates_by_name(active: str, place: str, gate: object) -> None:
+    assert replace(OPTIONS, active=active, place=place).gate() == gate
 
 
 class Tiny(nn.Module):

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
+    from bigvision.models.embedding import BackboneSpec
     from heads.adaptive import AdaptiveMargin
     from heads.gates import GateSpec
     from heads.margin import Margin
     from heads.optimizers import RowOptimizer
 
 DTYPES = ("float32", "bfloat16", "float16")
+GATE_FORMS = "all, sampled:RATE[:unbiased][:run=N], clustered:COUNT:OPENED[:epsilon=E] or hashed:TABLES:BITS"
+MAPPED_RUN = 64  # classes drawn together where each read goes to a disk
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,7 @@ class TrainOptions:
     margin: Annotated[str, "m1,m2,m3, or adaface, or magface"] = "1,0.5,0"
     scale: Annotated[float, "s, the inverse temperature of the softmax"] = 64.0
     classes: Annotated[str, "number of identities, or auto: the data's own"] = "auto"
-    active: Annotated[
-        str, "classes of a step: all, sampled:RATE[:unbiased], clustered:COUNT:OPENED, hashed:TABLES:BITS"
-    ] = "all"
+    active: Annotated[str, f"classes of a step: {GATE_FORMS}"] = "all"
     storage: Annotated[str, "the centres' numbers: float32, bfloat16 (stochastic rounding), float64"] = (
         "float32"
     )
@@ -101,6 +102,12 @@ class TrainOptions:
         self.head_optimizer_settings()
         self.gate()
 
+    def network(self) -> "BackboneSpec":
+        """The backbone that `backbone`, `dim` and `image_size` describe."""
+        from bigvision.models.embedding import BackboneSpec
+
+        return BackboneSpec(self.backbone, self.dim, self.image_size)
+
     def head_margin(self) -> "Margin | AdaptiveMargin":
         """The margin that `margin` names."""
         import heads
@@ -132,16 +139,17 @@ class TrainOptions:
 
     def gate(self) -> "GateSpec | None":
         """The gate of the active classes that `active` names; None for all of them."""
-        kind, *values = self.active.split(":")
+        kind, *words = self.active.split(":")
+        settings = dict(word.split("=", 1) for word in words if "=" in word)
+        values = [word for word in words if "=" not in word]
+        if kind == "sampled" and self.place not in ("device", "host"):
+            settings = {"run": str(MAPPED_RUN)} | settings
         try:
-            if kind == "all" and not values:
+            if kind == "all" and not words:
                 return None
-            return GATES[kind](*values)
+            return GATES[kind](*values, **settings)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"active {self.active!r} is not all, sampled:RATE[:unbiased], clustered:COUNT:OPENED "
-                f"or hashed:TABLES:BITS: {error}"
-            ) from error
+            raise ValueError(f"active {self.active!r} is not {GATE_FORMS}: {error}") from error
 
     def compiles(self, classes: int, ranks: int) -> bool:
         """Whether the head's kernels are compiled: building them, once, takes about a minute."""
@@ -154,18 +162,18 @@ class TrainOptions:
         }
 
 
-def _sampled(rate: str, unbiased: str = "") -> "GateSpec":
+def _sampled(rate: str, unbiased: str = "", run: str = "1") -> "GateSpec":
     import heads
 
     if unbiased not in ("", "unbiased"):
         raise ValueError(f"{unbiased!r} is not unbiased")
-    return heads.sampled(float(rate), unbiased=bool(unbiased))
+    return heads.sampled(float(rate), unbiased=bool(unbiased), run=int(run))
 
 
-def _clustered(count: str, opened: str) -> "GateSpec":
+def _clustered(count: str, opened: str, epsilon: str | None = None) -> "GateSpec":
     import heads
 
-    return heads.clustered(int(count), int(opened))
+    return heads.clustered(int(count), int(opened), epsilon=None if epsilon is None else float(epsilon))
 
 
 def _hashed(tables: str, bits: str) -> "GateSpec":

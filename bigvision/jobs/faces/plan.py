@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bigvision.jobs.faces.options import TrainOptions
 from bigvision.jobs.process.options import parse_bytes
-from bigvision.models.embedding import BackboneSpec, build_backbone
+from bigvision.models.embedding import build_backbone
 
 RUNTIME = 350 << 20  # private bytes of the interpreter with torch, measured on Linux; libraries are shared
 WORKER = 280 << 20  # of a process that decodes images
@@ -120,10 +120,9 @@ def backbone_memory(options: TrainOptions, images: int) -> tuple[int, int]:
 
     The network runs on fake tensors: their shapes are true, their memory is none.
     """
-    spec = BackboneSpec(options.backbone, options.dim, options.image_size)
     dtype = getattr(torch, options.dtype)
     with FakeTensorMode(), kept_bytes() as kept:
-        model = build_backbone(spec)
+        model = build_backbone(options.network())
         x = torch.empty(images, 3, options.image_size, options.image_size)
         parameters = sum(p.numel() * p.element_size() for p in model.parameters())
         for parameter in model.parameters():
