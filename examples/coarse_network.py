@@ -2,7 +2,7 @@
 
 Shapes: x [B, 3, H, W] (red, green, blue, standardised) -> logits [B, classes, H, W]; H, W multiples of 16.
 
-A quarter of the pixels and fewer channels: right inside of fields and lakes, blurred along their edges.
+A quarter of the pixels and of the cost: right inside of fields and lakes, blurred along their edges.
 """
 
 import torch
@@ -16,16 +16,18 @@ class CoarseNetwork(nn.Module):
     """Colours, their differences, and cells' means and mean absolute deviations, at half the resolution.
 
     Args:
-        width: channels of the hidden layer.
+        width: channels of the two hidden layers.
         classes: channels of the output.
     """
 
-    def __init__(self, width: int = 16, classes: int = 2) -> None:
+    def __init__(self, width: int = 32, classes: int = 2) -> None:
         super().__init__()
         features = 5 + 6 * len(SIZES)
         self.head = nn.Sequential(
             nn.BatchNorm2d(features),
             nn.Conv2d(features, width, 1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 1),
             nn.ReLU(),
             nn.Conv2d(width, classes, 1),
         )
@@ -51,6 +53,6 @@ def _enlarged(x: Tensor, factor: int) -> Tensor:
     return functional.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
-def coarse(width: int = 16, classes: int = 2) -> CoarseNetwork:
+def coarse(width: int = 32, classes: int = 2) -> CoarseNetwork:
     """A `CoarseNetwork`; what `examples/coarse_network.py:coarse` names in a route."""
     return CoarseNetwork(width, classes)

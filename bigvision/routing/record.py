@@ -3,6 +3,7 @@
 Legend: R, S rows and columns of regions, H, W rows and columns of the scene.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,12 @@ class RouteRecord:
                 f"experts must be in -1..{len(self.names) - 1}, "
                 f"got {self.expert.min()} to {self.expert.max()}"
             )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the decisions and of whose they are."""
+        experts = np.ascontiguousarray(self.expert, "<i2").tobytes()
+        return hashlib.sha256(f"{self.made_by} {self.region} {self.size} ".encode() + experts).hexdigest()
 
     def counts(self) -> dict[str, int]:
         """Regions of each expert, and "nodata"."""

@@ -13,8 +13,10 @@ from rasterio.crs import CRS
 from bigvision.jobs.process import Options, run_scene
 from bigvision.jobs.process import routed as routed_module
 from bigvision.jobs.process.route_forecast import forecast_route
+from bigvision.jobs.process.run import Watcher
 from bigvision.models.spec import load_model
 from bigvision.routing.record import load_record
+from bigvision.routing.scene import SceneRouter
 from tiling import open_raster
 
 FULL = "bigvision.models.small_unet:small_unet?in_channels=2&classes=3&width=8"
@@ -89,6 +91,65 @@ def test_a_killed_run_goes_on_and_a_changed_budget_recomputes_what_it_must(
     assert 0 < outcome.computed <= 32 * 32 * (regions - regions // 2)
     one, other = (open_raster(tmp_path / name).read() for name in ("whole.zarr", "out.zarr"))
     assert np.allclose(one, other, atol=1e-5, equal_nan=True)
+
+
+def test_a_finished_result_is_rerouted_by_what_changed_only(tmp_path: Path, pixels: np.ndarray) -> None:
+    scene, target = write(tmp_path / "scene.tif", pixels), tmp_path / "out.zarr"
+    run_scene((scene,), tmp_path / "whole.zarr", options(tmp_path, 0.5))
+    first = run_scene((scene,), target, options(tmp_path, 0.25))
+    before = load_record(tmp_path / "out.route.tif")
+    outcome = run_scene((scene,), target, replace(options(tmp_path, 0.5), overwrite=True))
+    after = load_record(tmp_path / "out.route.tif")
+    stale = before.stale(after)
+    assert 0 < outcome.computed <= 32 * 32 * stale.sum() < first.computed
+    one, other = (open_raster(tmp_path / name).read() for name in ("whole.zarr", "out.zarr"))
+    assert np.allclose(one, other, atol=1e-5, equal_nan=True)
+    # Of a result that was not routed, or by other networks, nothing is taken.
+    unrouted = replace(options(tmp_path, 0.5), route=None, overwrite=True)
+    run_scene((scene,), target, unrouted)
+    again = run_scene((scene,), target, replace(options(tmp_path, 0.25), overwrite=True))
+    assert again.computed == first.computed
+    other = replace(options(tmp_path, 0.25), model=FULL.replace("width=8", "width=6"), overwrite=True)
+    assert run_scene((scene,), target, other).computed == first.computed
+
+
+def test_a_run_killed_while_it_overwrites_a_region_knows_that_it_is_unsure(
+    tmp_path: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = write(tmp_path / "scene.tif", pixels)
+    run_scene((scene,), tmp_path / "cheap.zarr", options(tmp_path, 0.0))
+    compute = SceneRouter.compute
+
+    def killed(self: SceneRouter, *given: object) -> None:
+        compute(self, *given)  # the pixels are stored, but not yet noted
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SceneRouter, "compute", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_scene((scene,), tmp_path / "out.zarr", options(tmp_path, 0.5))
+    run_scene((scene,), tmp_path / "out.zarr", options(tmp_path, 0.0))
+    one, other = (open_raster(tmp_path / name).read() for name in ("cheap.zarr", "out.zarr"))
+    assert np.allclose(one, other, atol=1e-5, equal_nan=True)
+
+
+def test_progress_goes_through_both_networks(tmp_path: Path, pixels: np.ndarray) -> None:
+    class Told(Watcher):
+        def __init__(self) -> None:
+            self.stages: list[tuple[str, int]] = []
+            self.done = 0.0
+
+        def stage(self, text: str, pixels: int) -> None:
+            self.stages.append((text, pixels))
+
+        def computed(self, pixels: float) -> None:
+            self.done += pixels
+
+    told = Told()
+    scene = write(tmp_path / "scene.tif", pixels)
+    outcome = run_scene((scene,), tmp_path / "out.zarr", options(tmp_path, 0.25), watcher=told)
+    assert [text.split(":")[0] for text, _ in told.stages] == ["cheap network", "full network"]
+    assert told.done == outcome.computed
 
 
 def test_bad_routes_are_refused_before_work(tmp_path: Path, pixels: np.ndarray) -> None:

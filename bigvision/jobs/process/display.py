@@ -64,6 +64,10 @@ class Bar(Watcher):
         )
         self.progress.reset(self.task, total=max(left, 1), description=Path(scene).name)
 
+    def stage(self, text: str, pixels: int) -> None:
+        """Set the bar to what is next."""
+        self.progress.reset(self.task, total=max(pixels, 1), description=text)
+
     def computed(self, pixels: float) -> None:
         """Move the bar."""
         self.progress.advance(self.task, pixels)

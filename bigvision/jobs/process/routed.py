@@ -1,7 +1,7 @@
 """`--route`: a cheap network everywhere, a gate, and the full network where the budget allows.
 
 What is stored of each region is noted beside the pixels: a killed run goes on, and a run under another budget
-or threshold recomputes just the regions that go elsewhere now.
+or threshold (over a finished result, too) recomputes just the regions that go elsewhere now.
 
 Legend: C bands, R, S rows and columns of regions.
 """
@@ -11,7 +11,7 @@ import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,15 @@ from bigvision.jobs.process.ledger import Ledger
 from bigvision.jobs.process.network import NetworkSpec, load_network
 from bigvision.jobs.process.options import Options
 from bigvision.jobs.process.results import ResultKind
+from bigvision.jobs.process.route_state import (
+    NOTHING,
+    ROUTE_TAG,
+    UNSURE,
+    RouteState,
+    copy_pixels,
+    earlier_route,
+    record_file,
+)
 from bigvision.jobs.process.scene import Scene
 from bigvision.routing.merging import Rectangle
 from bigvision.routing.plan import RoutePlan
@@ -34,8 +43,20 @@ from tiling import Raster, ZarrWriter, create_zarr, resume_zarr
 if TYPE_CHECKING:
     from bigvision.jobs.process.provenance import Provenance
 
-_NOTHING = -2  # nothing of a region is stored yet
 _MAX_PIXELS = 2048 * 2048
+
+
+class RouteWatcher(Protocol):
+    """Is told how a routed scene comes along."""
+
+    def stage(self, text: str, pixels: int) -> None:
+        """Work on so many pixels begins."""
+
+    def computed(self, pixels: float) -> None:
+        """So many more pixels are stored."""
+
+    def finishing(self, fraction: float) -> None:
+        """The pixels are complete; the result's own format is written."""
 
 
 @dataclass(frozen=True)
@@ -74,32 +95,6 @@ def route_identity(path: Path | None) -> dict[str, object] | None:
     }
 
 
-class _State:
-    """Per region: whose pixels are stored, its score, and whether it has data; saved after every change."""
-
-    def __init__(self, folder: Path, grid: tuple[int, int]) -> None:
-        self.file = folder / "regions.npz"
-        self.stored = np.full(grid, _NOTHING, np.int16)
-        self.score, self.data = np.zeros(grid, np.float32), np.zeros(grid, bool)
-
-    def load(self) -> bool:
-        """Whether an earlier run of the same grid left a state."""
-        try:
-            with np.load(self.file) as found:
-                if found["stored"].shape != self.stored.shape:
-                    return False
-                self.stored, self.score, self.data = found["stored"], found["score"], found["data"]
-        except (OSError, ValueError, KeyError):
-            return False
-        return True
-
-    def save(self) -> None:
-        """Appears whole or not at all."""
-        beside = self.file.with_suffix(".partial.npz")
-        np.savez(beside, stored=self.stored, score=self.score, data=self.data)
-        beside.replace(self.file)
-
-
 def run_routed(
     ledger: Ledger,
     target: Path,
@@ -107,16 +102,35 @@ def run_routed(
     spec: NetworkSpec,
     options: Options,
     origin: "Provenance",
-    base: str,
-    watcher: object,
+    watcher: RouteWatcher,
 ) -> Routed:
-    """Route one scene into `target`, going on from what the ledger holds of the same scene and networks.
+    """Route one scene into `target`, going on from what was stored of the same scene and networks."""
+    base, dtype = base_fingerprint(origin.record), _dtype(options)
+    router, kind = _router(scene, spec, options)
+    state = RouteState(ledger.folder, router.grid)
+    writer = _open(ledger, target, scene, kind, router.spec, options, base, state)
+    job = _Job(router, writer, kind, state, watcher)
+    router.trace()  # not in any network's time
+    begun = time.perf_counter()
+    job.score_all()
+    wanted = router.decide(state.score, state.data)
+    job.bring_to(wanted)
+    seconds = time.perf_counter() - begun
+    record = _record(scene, wanted, state, router.spec, base)
+    # The result comes last: it says which record is its own.
+    record.save(record_file(target))
+    record.picture(target.with_suffix(".route.png"))
+    tags = origin.tags(dtype=dtype, exactness="exact in each region", engine="routed")
+    finish(ledger, writer, target, tags | {ROUTE_TAG: record.digest}, watcher.finishing)
+    return Routed(_summary(record, router.plan(wanted, job.pace), seconds), job.pixels, dtype)
 
-    base: identifies everything but the route's budget and threshold.
-    """
+
+def _router(scene: Scene, spec: NetworkSpec, options: Options) -> tuple[SceneRouter, ResultKind]:
+    """Both networks over the scene, and what is written of their logits."""
     route = route_of(options)
-    cheap_spec = replace(spec, model=route.model, weights=route.weights, dtype=_dtype(options), compile=False)
-    full, cheap = load_network(replace(spec, dtype=_dtype(options), compile=False)), load_network(cheap_spec)
+    full_spec = replace(spec, dtype=_dtype(options), compile=False)
+    full = load_network(full_spec)
+    cheap = load_network(replace(full_spec, model=route.model, weights=route.weights))
     router = SceneRouter(
         scene,
         cheap.module,
@@ -126,23 +140,7 @@ def run_routed(
         dtype=full.dtype,
         device=full.device,
     )
-    kind = ResultKind(options.output, full.classes, options.threshold)
-    state = _State(ledger.folder, router.grid)
-    writer = _open(ledger, target, scene, kind, route, options, base, state)
-    job = _Job(router, writer, kind, state)
-    router.trace()  # not in any network's time
-    begun = time.perf_counter()
-    job.score_all()
-    wanted = router.decide(state.score, state.data)
-    job.bring_to(wanted)
-    seconds = time.perf_counter() - begun
-    tags = origin.tags(dtype=_dtype(options), exactness="exact in each region", engine="routed")
-    finish(ledger, writer, target, tags, _told(watcher))
-    record = _record(scene, wanted, state, route, base)
-    record.save(target.with_suffix(".route.tif"))
-    record.picture(target.with_suffix(".route.png"))
-    plan = router.plan(wanted, job.pace)
-    return Routed(_summary(record, plan, seconds), job.pixels, _dtype(options))
+    return router, ResultKind(options.output, full.classes, options.threshold)
 
 
 def base_fingerprint(record: dict[str, object]) -> str:
@@ -154,8 +152,16 @@ def base_fingerprint(record: dict[str, object]) -> str:
 class _Job:
     """The passes over one scene."""
 
-    def __init__(self, router: SceneRouter, writer: ZarrWriter, kind: ResultKind, state: _State) -> None:
+    def __init__(
+        self,
+        router: SceneRouter,
+        writer: ZarrWriter,
+        kind: ResultKind,
+        state: RouteState,
+        watcher: RouteWatcher,
+    ) -> None:
         self.router, self.writer, self.kind, self.state = router, writer, kind, state
+        self.watcher = watcher
         self.pixels = 0
         self.seconds, self.flops = [0.0, 0.0], [0.0, 0.0]
 
@@ -168,9 +174,10 @@ class _Job:
 
     def score_all(self) -> None:
         """The cheap network over every block that has regions without a score."""
+        self._announce("cheap network", self.state.stored == NOTHING)
         for box in self.router.blocks():
             part = (slice(box.top, box.bottom), slice(box.left, box.right))
-            if not (self.state.stored[part] == _NOTHING).any():
+            if not (self.state.stored[part] == NOTHING).any():
                 continue
             begun = time.perf_counter()
             block = self.router.score(box, self._emit)
@@ -183,13 +190,19 @@ class _Job:
         """Recompute the regions whose stored pixels are another network's."""
         for expert in (CHEAP, FULL):
             stale = (wanted == expert) & (self.state.stored != expert)
+            self._announce(f"{NAMES[expert]} network", stale)
             for rectangle in self.router.rectangles(stale, expert):
                 begun = time.perf_counter()
+                self.state.mark(rectangle.cells, UNSURE)  # killed now, a region may show either network
                 self.router.compute(expert, rectangle, self._emit)
                 self._count(expert, [rectangle], begun)
-                for cell in rectangle.cells:
-                    self.state.stored[cell.top : cell.bottom, cell.left : cell.right] = expert
-                self.state.save()
+                self.state.mark(rectangle.cells, expert)
+
+    def _announce(self, who: str, regions: NDArray[np.bool_]) -> None:
+        if regions.any():
+            side = self.router.spec.region
+            text = f"{who}: {int(regions.sum())} of {regions.size} regions of {side} px"
+            self.watcher.stage(text, int(regions.sum()) * side**2)
 
     def _count(self, expert: int, rectangles: list[Rectangle], begun: float) -> None:
         self.seconds[expert] += time.perf_counter() - begun
@@ -200,6 +213,7 @@ class _Job:
         np.copyto(result, self.kind.convert(logits).numpy(), where=valid)
         self.writer.write(result, window)
         self.pixels += window.height * window.width
+        self.watcher.computed(window.height * window.width)
 
 
 def _open(
@@ -210,9 +224,12 @@ def _open(
     route: RouteSpec,
     options: Options,
     base: str,
-    state: _State,
+    state: RouteState,
 ) -> ZarrWriter:
-    """The store that an earlier run left of the same scene and networks, or a new one."""
+    """The store that an earlier run left of the same scene and networks, or a new one.
+
+    A new one begins with the pixels of a finished result of theirs, if there is one.
+    """
     found = ledger.read()
     if found is not None and found.get("base") == base and state.load():
         return resume_zarr(target, ledger.pixels, overwrite=options.overwrite)
@@ -232,6 +249,11 @@ def _open(
         staging=ledger.pixels,
         overwrite=options.overwrite,
     )
+    earlier = earlier_route(target, base)
+    if earlier is not None:
+        record, result = earlier
+        copy_pixels(result, writer, route.region)
+        state.take(record)
     state.save()
     ledger.begin({"base": base, "fingerprint": ""})
     return writer
@@ -242,12 +264,8 @@ def _dtype(options: Options) -> str:
     return "float32" if options.dtype == "auto" else options.dtype
 
 
-def _told(watcher: object):  # type: ignore[no-untyped-def]
-    return getattr(watcher, "finishing", lambda _: None)
-
-
 def _record(
-    scene: Scene, wanted: NDArray[np.int16], state: _State, route: RouteSpec, base: str
+    scene: Scene, wanted: NDArray[np.int16], state: RouteState, route: RouteSpec, base: str
 ) -> RouteRecord:
     raster: Raster = scene.raster
     size = (scene.shape[1], scene.shape[2])

@@ -16,7 +16,7 @@ from bigvision.jobs.process.precision import choose_precision
 from bigvision.jobs.process.previous import Previous, copy_unchanged, open_previous
 from bigvision.jobs.process.provenance import TAG, Provenance, provenance
 from bigvision.jobs.process.results import ResultKind
-from bigvision.jobs.process.routed import base_fingerprint, run_routed
+from bigvision.jobs.process.routed import run_routed
 from bigvision.jobs.process.scene import Scene, open_scene
 from bigvision.jobs.process.units import UnitRunner, Unread, Work
 from bigvision.streaming.memory import freed_memory_kept
@@ -54,6 +54,9 @@ class Watcher:
     def planned(self, scene: str, plan: Plan, pixels: int, left: int) -> None:
         """Work begins on a scene of `pixels`, `left` of which no earlier run has done."""
 
+    def stage(self, text: str, pixels: int) -> None:
+        """A stage of routed work begins: `pixels` will be computed."""
+
     def computed(self, pixels: float) -> None:
         """So many more pixels are stored."""
 
@@ -82,8 +85,7 @@ def run_scene(
         return replace(outcome, status="already done", seconds=time.perf_counter() - begun)
     with open_ledger(target) as ledger, gdal_cache(), freed_memory_kept():
         if options.route is not None:
-            base = base_fingerprint(origin.record)
-            routed = run_routed(ledger, target, scene, spec, options, origin, base, watcher)
+            routed = run_routed(ledger, target, scene, spec, options, origin, watcher)
             ledger.remove()
             seconds = time.perf_counter() - begun
             return replace(outcome, computed=routed.computed, seconds=seconds, routed=routed.summary)

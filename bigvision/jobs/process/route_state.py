@@ -1,0 +1,84 @@
+"""What is stored of each region of a routed scene, kept beside its pixels, or taken from a finished result.
+
+Legend: R, S rows and columns of regions.
+"""
+
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from bigvision.routing.boxes import Box
+from bigvision.routing.record import RouteRecord, load_record
+from tiling import Raster, RasterError, TileGrid, ZarrWriter, open_raster
+
+NOTHING, UNSURE = -2, -3  # nothing of a region is stored yet; it is being overwritten
+ROUTE_TAG = "BIGVISION_ROUTE_SHA256"  # in a result: which record tells where its regions went
+_BLOCK = 2048  # pixels copied at once
+
+
+class RouteState:
+    """Per region whose pixels are stored, its score, and whether it has data.
+
+    Attributes:
+        stored: int16 [R, S], an expert, -1 where there is no data, NOTHING or UNSURE.
+        score: float32 [R, S]; data: bool [R, S].
+    """
+
+    def __init__(self, folder: Path, grid: tuple[int, int]) -> None:
+        self.file = folder / "regions.npz"
+        self.stored = np.full(grid, NOTHING, np.int16)
+        self.score, self.data = np.zeros(grid, np.float32), np.zeros(grid, bool)
+
+    def load(self) -> bool:
+        """Whether an earlier run of the same grid left a state."""
+        try:
+            with np.load(self.file) as found:
+                if found["stored"].shape != self.stored.shape:
+                    return False
+                self.stored, self.score, self.data = found["stored"], found["score"], found["data"]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return False
+        return True
+
+    def save(self) -> None:
+        """Appears whole or not at all."""
+        beside = self.file.with_suffix(".partial.npz")
+        np.savez(beside, stored=self.stored, score=self.score, data=self.data)
+        beside.replace(self.file)
+
+    def mark(self, cells: Iterable[Box], what: int) -> None:
+        """Note what is stored of boxes of regions, for good."""
+        for cell in cells:
+            self.stored[cell.top : cell.bottom, cell.left : cell.right] = what
+        self.save()
+
+    def take(self, record: RouteRecord) -> None:
+        """As a finished result left it."""
+        self.stored, self.score, self.data = record.expert.copy(), record.score.copy(), record.expert >= 0
+
+
+def record_file(target: Path) -> Path:
+    """Where the record of a result stands."""
+    return target.with_suffix(".route.tif")
+
+
+def earlier_route(target: Path, base: str) -> tuple[RouteRecord, Raster] | None:
+    """A finished result at `target` of the same scene, networks and regions, and where its regions went.
+
+    None where there is none, or where the record is not this result's.
+    """
+    try:
+        record, result = load_record(record_file(target)), open_raster(target)
+    except (ValueError, RasterError):
+        return None
+    known = record.made_by == base and result.tags.get(ROUTE_TAG) == record.digest
+    return (record, result) if known else None
+
+
+def copy_pixels(result: Raster, writer: ZarrWriter, region: int) -> None:
+    """All pixels of a finished result into a store of whole regions."""
+    block = max(_BLOCK // region, 1) * region
+    for tile in TileGrid(result.height, result.width, block):
+        writer.write(result.read(tile.core), tile.core)
