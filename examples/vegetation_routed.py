@@ -18,8 +18,8 @@ from bigvision.jobs.process import Options, run_scene
 from bigvision.jobs.process.route_forecast import forecast_route
 from bigvision.jobs.train_raster import TrainOptions, train
 
-CHEAP = f"{Path(__file__).with_name('coarse_network.py')}:coarse"
-REGION, BUDGET = 32, 0.3
+CHEAP = f"{Path(__file__).with_name('vegetation_network.py')}:texture?width=8"  # a quarter of the channels
+REGION, BUDGET = 32, 0.33
 
 
 @dataclass(frozen=True)

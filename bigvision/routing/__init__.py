@@ -4,7 +4,7 @@ See ``docs/routing.md``.
 """
 
 from bigvision.routing.boxes import Box
-from bigvision.routing.cascade import Cascade, expected_loss
+from bigvision.routing.cascade import Cascade, cascade_loss, expected_loss
 from bigvision.routing.decision import Decision, region_statistics
 from bigvision.routing.experts import LowRes, RegionExpert, Skip
 from bigvision.routing.grids import GridError, check_same_grid, grid_shift, resampled
@@ -46,6 +46,7 @@ __all__ = [
     "TemporalRouter",
     "Visit",
     "WidthRouter",
+    "cascade_loss",
     "check_same_grid",
     "entropy",
     "expected_loss",

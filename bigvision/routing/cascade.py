@@ -6,10 +6,13 @@ probabilities: a mixture of experts by regions (Jacobs et al. 1991, "Adaptive Mi
 1.2). So the gate's gradient is the difference that the full network makes to a region, and no network is
 starved of gradients while the gate knows nothing.
 
+The gate learns from pixels as they are in use, and from the networks in eval mode: random gains and offsets
+make the networks sure or unsure in ways that no scene does.
+
 Legend: N crops, C bands, K logits, s rows and columns of a crop, T regions with data, D features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,8 +105,7 @@ class Cascade(nn.Module):
                     if not bool(seen.any()):
                         continue
                     places.append((image, box))
-                    # The gate learns from the networks; they don't learn to please it.
-                    at = _part(x, places[-1]), _part(cheap.detach(), places[-1]), seen
+                    at = _part(x, places[-1]), _part(cheap, places[-1]), seen
                     features.append(region_features(*at))
         if not places:
             return Regions((), cheap.new_zeros(0, 2))
@@ -135,33 +137,57 @@ class Cascade(nn.Module):
         return budget_loss(probs, self.cost, share)
 
 
-def expected_loss(
-    cascade: Cascade, loss: Loss, x: Tensor, logits: tuple[Tensor, Tensor], target: Tensor, budget: float
+def cascade_loss(
+    cascade: Cascade, loss: Loss, x: Tensor, plain: Tensor, target: Tensor, budget: float
 ) -> Tensor:
-    """What a batch costs on average over the gate's choices, the budget's excess included; a scalar.
+    """What a batch costs on average over the gate's choices: to the networks, to the gate, and by its budget.
 
     Args:
-        cascade: whose gate chooses.
+        cascade: in training mode.
         loss: a function of sums over pixels: each region's sums count by the probability of its network.
-        x: [N, C, s, s], 0 where there is no data.
-        logits: [N, K, s, s] of both networks, float32.
+        x: [N, C, s, s], what the networks train on, 0 where there is no data.
+        plain: [N, C, s, s], the same pixels as they are in use, what the gate trains on.
         target: int64 [N, s, s]; only pixels with data have a class.
         budget: share of the regions in full that is free of charge.
+
+    Returns:
+        A scalar: the expected loss of the networks, that of the gate, and the excess over the budget.
     """
-    shown = (x != 0).any(1) | ((target >= 0) & (target < logits[CHEAP].shape[1]))
-    found = cascade.regions(x, logits[CHEAP], shown)
+    cascade.eval()
+    with torch.no_grad():
+        settled = [y.float() for y in cascade(plain)]
+    cascade.train()
+    shown = (plain != 0).any(1) | ((target >= 0) & (target < settled[CHEAP].shape[1]))
+    found = cascade.regions(plain, settled[CHEAP], shown)
+    logits = [y.float() for y in cascade(x)]
     if not found.places:
         return loss(logits[CHEAP], target) + loss(logits[FULL], target)
-    chances = (1 - _EXPLORED) * found.probs + _EXPLORED / 2
+    chances = (1 - _EXPLORED) * found.probs.detach() + _EXPLORED / 2
+    networks = expected_loss(loss, logits, target, found.places, chances)
+    gate = expected_loss(loss, settled, target, found.places, found.probs)
+    return networks + gate + _BUDGET * cascade.budget_loss(found.probs, budget)
+
+
+def expected_loss(
+    loss: Loss, logits: Sequence[Tensor], target: Tensor, places: Sequence[Place], chances: Tensor
+) -> Tensor:
+    """The loss of the sums that regions have on average, if each draws its network by its chances.
+
+    Args:
+        loss: a function of sums over pixels.
+        logits: of each network, [N, K, s, s].
+        target: int64 [N, s, s].
+        places: of T regions.
+        chances: float [T, networks].
+    """
     total: Sums | None = None
-    for place, chance in zip(found.places, chances, strict=True):
-        image, box = place
-        truth = target[image, box.top : box.bottom, box.left : box.right]
+    for place, chance in zip(places, chances, strict=True):
+        truth = _part(target[:, None], place)
         for y, share in zip(logits, chance, strict=True):
-            part = _scaled(loss.sums(_part(y, place)[None], truth[None]), share)
+            part = _scaled(loss.sums(_part(y, place)[None], truth), share)
             total = part if total is None else _added(total, part)
     assert total is not None
-    return loss.value(total) + _BUDGET * cascade.budget_loss(found.probs, budget)
+    return loss.value(total)
 
 
 def _part(x: Tensor, place: Place) -> Tensor:

@@ -1,5 +1,7 @@
 """A cascade in training: its loss by a slow loop, its gate by what a scene's router does with it."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,8 @@ from routing_networks import convolutions
 from torch.nn import functional
 
 from bigvision.gating import budget_loss
-from bigvision.routing.cascade import Cascade, expected_loss
+from bigvision.routing.boxes import Box
+from bigvision.routing.cascade import Cascade, cascade_loss, expected_loss
 from bigvision.routing.learned import region_features
 from bigvision.routing.route_file import RouteSpec
 from bigvision.routing.scene import CHEAP, FULL, SceneRouter
@@ -35,59 +38,98 @@ def test_the_loss_is_the_average_over_what_the_gate_may_choose(
     """For cross-entropy, whose sums are a mean over pixels, the average can be written pixel by pixel."""
     model = cascade(seed)
     model.cost.copy_(torch.tensor([1.0, 5.0]))
-    x = torch.randn(crops, 2, 16, 16)
+    plain = torch.randn(crops, 2, 16, 16)
     target = torch.randint(0, 3, (crops, 16, 16))
     missing = torch.rand(crops, 2, 2) < nodata
     wide = missing.repeat_interleave(REGION, 1).repeat_interleave(REGION, 2)
-    x, target = x.masked_fill(wide[:, None], 0), target.masked_fill(wide, IGNORE)
-    found = expected_loss(model, CrossEntropy(ignore_index=IGNORE), x, model(x), target, budget)
-    total, probs = 0.0, []
+    plain, target = plain.masked_fill(wide[:, None], 0), target.masked_fill(wide, IGNORE)
+    x = plain * 1.5
+    with torch.no_grad():
+        settled = model(plain)
+        logits = training_outputs(model, x)
+    found = cascade_loss(model, CrossEntropy(ignore_index=IGNORE), x, plain, target, budget)
+    experts, gate, probs = 0.0, 0.0, []
     for image, row, col in (~missing).nonzero().tolist():
         part = (slice(row * REGION, (row + 1) * REGION), slice(col * REGION, (col + 1) * REGION))
-        cheap, full = (y[image][:, *part] for y in model(x))
-        seen = torch.ones(REGION, REGION, dtype=torch.bool)
-        p = model.gate(region_features(x[image][:, *part], cheap, seen)[None]).softmax(1)[0]
+        features = region_features(plain[image][:, *part], settled[CHEAP][image][:, *part], shown())
+        p = model.gate(features[None]).softmax(1)[0]
         probs.append(p)
-        for y, chance in ((cheap, p[CHEAP]), (full, p[FULL])):
-            losses = functional.cross_entropy(y[None], target[image][part][None], reduction="sum")
-            total = total + (0.5 * chance + 0.25) * losses
+        for e in (CHEAP, FULL):
+            losses = [
+                functional.cross_entropy(y[image][None, :, *part], target[image][part][None], reduction="sum")
+                for y in (logits[e], settled[e])
+            ]
+            experts = experts + (0.5 * p[e] + 0.25) * losses[0]
+            gate = gate + p[e] * losses[1]
     if not probs:
         assert float(found) == 0
         return
     excess = budget_loss(torch.stack(probs), torch.tensor([1.0, 5.0]), (1 + 4 * budget) / 5)
-    expected = total / (len(probs) * REGION**2) + 10 * excess
+    expected = (experts + gate) / (len(probs) * REGION**2) + 10 * excess
     assert torch.allclose(found.float(), expected.float(), rtol=1e-4)
 
 
-def test_a_gate_without_an_opinion_gives_the_mean_of_both_networks() -> None:
+def shown() -> torch.Tensor:
+    return torch.ones(REGION, REGION, dtype=torch.bool)
+
+
+def training_outputs(model: Cascade, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What batch norm in training mode makes of a batch, with its state as it was."""
+    twin = copy.deepcopy(model).train()
+    return twin(x)
+
+
+def test_networks_and_gate_learn_from_their_own_terms_only() -> None:
     model = cascade()
-    torch.nn.init.zeros_(model.scorer.weight)
-    x, target = torch.randn(1, 2, 16, 16), torch.randint(0, 3, (1, 16, 16))
+    plain, target = torch.randn(2, 2, 16, 16), torch.randint(0, 3, (2, 16, 16))
+    cascade_loss(model, CrossEntropy(), plain * 2, plain, target, 0.25).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    slopes = []
+    for x in (torch.zeros_like(plain), plain):  # whatever the networks train on, the gate sees plain pixels
+        twin = copy.deepcopy(model)
+        found = cascade_loss(twin, CrossEntropy(), x, plain, target, 1.0)
+        slopes += torch.autograd.grad(found, [twin.scorer.weight])
+    assert torch.allclose(*slopes, rtol=1e-5, atol=1e-7)
+
+
+def test_equal_networks_cost_what_they_cost_whatever_the_chances() -> None:
+    torch.manual_seed(0)
+    y, target = torch.randn(1, 3, 16, 16), torch.randint(0, 3, (1, 16, 16))
+    places = [(0, Box(r, c, r + 1, c + 1).scaled(REGION)) for r in range(2) for c in range(2)]
+    chances = torch.rand(4, 2).softmax(1)
     for loss in (CrossEntropy(), Focal(), CrossEntropy() + 0.5 * Dice()):
-        assert loss(model.cheap(x), target) != loss(model.full(x), target)
-        twins = (model.full(x), model.full(x))
-        found = expected_loss(model, loss, x, twins, target, budget=1.0)
-        assert torch.allclose(found, loss(model.full(x), target))
+        assert torch.allclose(expected_loss(loss, (y, y), target, places, chances), loss(y, target))
+
+
+class Given(torch.nn.Module):
+    """Logits that stand in the input's bands: [N, 1 + 3 + 3, s, s]."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.first = first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, self.first : self.first + 3]
 
 
 def test_the_gate_learns_where_the_full_network_is_better_and_keeps_the_budget() -> None:
     """The full network is right; the cheap one is wrong where the first band is bright."""
     torch.manual_seed(0)
-    model = cascade()
-    torch.nn.init.zeros_(model.scorer.weight)
+    model = Cascade(Given(1), Given(4), 7, REGION)
     model.cost.copy_(torch.tensor([1.0, 11.0]))
     bright = (torch.rand(4, 4, 4) < 0.25).float()
-    mean = (bright * 2 - 0.5).repeat_interleave(REGION, 1).repeat_interleave(REGION, 2)
-    x = mean[:, None] + 0.1 * torch.randn(4, 2, 32, 32)
+    mean = (bright * 2 - 0.5).repeat_interleave(REGION, 1).repeat_interleave(REGION, 2)[:, None]
     target = torch.randint(0, 3, (4, 32, 32))
     right = functional.one_hot(target, 3).permute(0, 3, 1, 2).float() * 4
-    cheap = torch.where(mean[:, None] > 0, right.roll(1, 1), right)
-    optimizer = torch.optim.Adam(model.scorer.parameters(), 0.05)
+    cheap = torch.where(mean > 0, right.roll(1, 1), right)
+    x = torch.cat([mean + 0.1 * torch.randn_like(mean), cheap, right], 1)
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
     for _ in range(300):
-        loss = expected_loss(model, CrossEntropy(), x, (cheap, right), target, 0.25)
+        loss = cascade_loss(model, CrossEntropy(), x, x, target, 0.25)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    model.eval()
     probs = model.regions(x, cheap, torch.ones(4, 32, 32, dtype=torch.bool)).probs[:, FULL]
     wanted = bright.flatten() > 0
     assert float(probs[wanted].min()) > 0.5 > float(probs[~wanted].max())

@@ -8,7 +8,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bigvision.jobs.train_raster.network import build_network
@@ -19,10 +21,11 @@ from bigvision.jobs.train_raster.run_folder import RunFolder
 from bigvision.jobs.train_raster.steps import CropSteps, Steps
 from bigvision.jobs.train_raster.validation import Score
 from bigvision.models.spec import parse_spec
-from bigvision.routing.cascade import Cascade, expected_loss
+from bigvision.routing.cascade import Cascade, cascade_loss
 from bigvision.routing.latency import seconds
 from bigvision.routing.route_file import RouteSpec, read_route, write_route
 from bigvision.streaming.losses import Loss
+from datasets.crops import read_crops
 from datasets.pairs import LabelledScene
 
 ROUTE, CHEAP_WEIGHTS, GATE_WEIGHTS = "ROUTE.toml", "cheap.safetensors", "gate.safetensors"
@@ -100,7 +103,7 @@ def trainable_route(path: Path, options: TrainOptions) -> RouteSpec:
 
 
 class RoutedSteps(CropSteps):
-    """Crops through both networks; the loss is the expected one, with the budget's excess."""
+    """Crops through both networks, and as they are for the gate; see :func:`cascade_loss`."""
 
     def __init__(
         self,
@@ -120,12 +123,17 @@ class RoutedSteps(CropSteps):
         cost.copy_(self.ranks.total(cost / self.ranks.world))
 
     def value(self, model: nn.Module, image: Tensor, target: Tensor) -> Tensor:
-        """The expected loss of crops [N, C, s, s] with classes int64 [N, s, s]."""
+        """The expected loss of crops [2N, C, s, s], the last N as they are, of classes int64 [N, s, s]."""
         assert isinstance(model, Cascade)
+        x, plain = image.chunk(2)
         dtype = getattr(torch, self.options.dtype)
         with torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32):
-            cheap, full = model(image)
-        return expected_loss(model, self.loss, image, (cheap.float(), full.float()), target, self.budget)
+            return cascade_loss(model, self.loss, x, plain, target, self.budget)
+
+    def batch(self, step: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        """The crops of a step, and once more without random tones."""
+        plain, targets = read_crops(self.scenes, self._crops(step), self.options.crop)
+        return np.concatenate([self.shifted(plain, step), plain]), targets
 
 
 def _plain(network: nn.Module) -> dict[str, Tensor]:

@@ -103,14 +103,19 @@ class CropSteps:
         ]
 
     def _read(self, step: int) -> Future[tuple[NDArray[np.float32], NDArray[np.uint8]]]:
-        return self._reader.submit(self._batch, step)
+        return self._reader.submit(self.batch, step)
 
-    def _batch(self, step: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-        options = self.options
-        images, targets = read_crops(self.scenes, self._crops(step), options.crop)
-        if options.jitter:
-            images = shift_tones(images, options.jitter, seed=options.seed, step=step, places=self._places)
-        return images, targets
+    def batch(self, step: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        """Images [N, C, s, s] and classes [N, s, s] of this rank's crops of a step."""
+        images, targets = read_crops(self.scenes, self._crops(step), self.options.crop)
+        return self.shifted(images, step), targets
+
+    def shifted(self, images: NDArray[np.float32], step: int) -> NDArray[np.float32]:
+        """Images with random gains and offsets, if the options ask for them."""
+        strength = self.options.jitter
+        if not strength:
+            return images
+        return shift_tones(images, strength, seed=self.options.seed, step=step, places=self._places)
 
     def _where(self, crops: Sequence[Crop]) -> str:
         return "; ".join(
