@@ -64,7 +64,11 @@ class LabelledScene:
             ValueError: for a class that the model doesn't have, naming file and place.
         """
         image, valid = self.image.read(window)
-        return image, np.where(valid, self._classes(window), IGNORE).astype(np.uint8)
+        return image, self.truth(window, valid)
+
+    def truth(self, window: Window, valid: NDArray[np.bool_]) -> NDArray[np.uint8]:
+        """Classes [h, w] of a window, IGNORE where they have no data or the image isn't `valid` [h, w]."""
+        return np.where(valid, self._classes(window), IGNORE).astype(np.uint8)
 
     def _classes(self, window: Window) -> NDArray[np.generic]:
         """Labels [h, w] of a window, IGNORE where they have no data."""

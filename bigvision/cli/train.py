@@ -46,11 +46,13 @@ def train(
     clip: Annotated[float | None, typer.Option(help="Largest gradient norm.")] = None,
     dtype: Annotated[DType, typer.Option(help="bfloat16: mixed precision.")] = DType.float32,
     device: Annotated[Device, typer.Option(help="Where to train.")] = Device.auto,
-    memory: Annotated[str, typer.Option(help="What a whole-scene step may take.")] = "4GiB",
+    memory: Annotated[str, typer.Option(help="What the process may take over a whole scene.")] = "4GiB",
     rows: Annotated[int | None, typer.Option(help="Rows a step of a whole-scene scan.")] = None,
     scratch: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for spilled states.")] = None,
     scratch_limit: Annotated[str, typer.Option(help="Bytes they may take there.")] = "40GiB",
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints. Default: 100; whole scenes: 1.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of crops, order and dropout.")] = 0,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files too.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another run.")] = False,

@@ -17,7 +17,14 @@ from pathlib import Path
 
 
 class BudgetError(ValueError):
-    """No schedule fits the memory and scratch budget; the message says the least that does."""
+    """Nothing fits the memory and scratch budget; the message says the least that does.
+
+    least: that, in bytes.
+    """
+
+    def __init__(self, message: str, least: int) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,8 @@ def plan_checkpoints(choices: list[StepBytes], memory: int | None, scratch: int 
         least = min(choices, key=lambda one: one.working)
         raise BudgetError(
             f"a memory budget of {_size(memory or 0)} can't hold one differentiated step: "
-            f"with {least.rows} rows a step it takes {_size(least.working)}"
+            f"with {least.rows} rows a step it takes {_size(least.working)}",
+            least.working,
         )
     plans = [_plan(one, memory, scratch) for one in fitting]
     return min(plans, key=lambda plan: (plan.recomputation, plan.on_disk, plan.steps))

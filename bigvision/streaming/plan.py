@@ -78,7 +78,8 @@ def plan_rows(
     raise BudgetError(
         f"streaming {tuple(program.traced.shape)} takes at least {peak / 2**30:.2f} GiB "
         f"({choices[-1]} rows a step; {process / 2**30:.2f} GiB are the process's own), "
-        f"more than the {memory / 2**30:.2f} GiB it may take"  # type: ignore[operator]
+        f"more than the {memory / 2**30:.2f} GiB it may take",  # type: ignore[operator]
+        peak,
     )
 
 

@@ -144,7 +144,7 @@ def _choose(candidates: list[Segment], dense: int, budget: int) -> list[Segment]
         if _peak(chosen, dense) <= budget:
             fitting.append(chosen)
     if not fitting:
-        raise BudgetError(f"activations of {budget} bytes can't be met; the least that can is {least}")
+        raise BudgetError(f"activations of {budget} bytes can't be met; the least that can is {least}", least)
     return min(fitting, key=lambda chosen: sum(one.flops for one in chosen))
 
 

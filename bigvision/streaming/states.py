@@ -91,7 +91,8 @@ class StateStack:
         if self._bytes + size > self._scratch.limit:
             raise BudgetError(
                 f"the states in {self._scratch.folder} would take {self._bytes + size} bytes, "
-                f"the limit is {self._scratch.limit}"
+                f"the limit is {self._scratch.limit}",
+                self._bytes + size,
             )
         parts: dict[fx.Node, Any] = {}
         path = self._folder / f"{step:06d}.state"

@@ -25,7 +25,7 @@ _BAND = 8192  # rows of a streamed band: what a kill can cost against what its h
 _CORES = (4096, 3584, 3072, 2560, 2048, 1536, 1024, 768, 512, 384, 256, 128, 64, 32)
 # Resident in a process that has loaded torch (its CUDA build alone 650 MiB) and a network. A constant, not a
 # measurement, so that one command always cuts alike.
-_BASE = 1000 * 2**20
+PROCESS_BYTES = 1000 * 2**20
 _WORKER = 600 * 2**20  # the same of a worker, whose libraries are those of the first process
 _SCRATCH = 1.4  # kernels' scratch and the heap's fragments, on top of the results themselves (measured)
 
@@ -247,12 +247,12 @@ def _best_core(
 
 def _base(options: Options) -> int:
     """Bytes of a process that computes, before it does."""
-    return _BASE if options.workers is None else _WORKER
+    return PROCESS_BYTES if options.workers is None else _WORKER
 
 
 def _coordinator(options: Options) -> int:
     """Bytes of the process that hands out work to others, where there is one."""
-    return _BASE if options.workers is not None else 0
+    return PROCESS_BYTES if options.workers is not None else 0
 
 
 def _chunk(tile: int) -> int:

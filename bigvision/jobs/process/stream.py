@@ -23,6 +23,7 @@ from bigvision.streaming import StreamedModel
 from bigvision.streaming.footprint import forward_bytes
 from bigvision.streaming.plan import HEAP_SLACK, row_choices
 from bigvision.streaming.program import compile_program
+from datasets.pairs import Pixels
 from tiling import Tile
 
 
@@ -44,7 +45,7 @@ class StreamEngine:
         """Rows of the core as they leave the network."""
         core, padded = unit.core, unit.padded
         model = _streamed(network, (read.shape[0], padded.height, padded.width), self.rows)
-        with _Rows(read, padded) as source:
+        with SceneRows(read, padded) as source:
             for row, logits in model.stream(source):
                 start = max(row, core.row_off - padded.row_off)
                 stop = min(row + logits.shape[-2], core.row_off + core.height - padded.row_off)
@@ -68,20 +69,20 @@ def _streamed(network: Network, shape: tuple[int, int, int], rows: int) -> Strea
     return StreamedModel(network.module, shape, rows=rows, dtype=network.dtype, device=network.device)
 
 
-class _Rows:
+class SceneRows:
     """A window of a scene for `StreamedModel`: sliced by rows, the next ones read ahead.
 
     Remembers, a bit a pixel, where there was data: rows leave the network long after they were read.
     """
 
-    def __init__(self, scene: Scene, window: Window) -> None:
+    def __init__(self, scene: Pixels, window: Window) -> None:
         self.scene, self.window = scene, window
         self.shape = (scene.shape[0], window.height, window.width)
         self._seen = np.zeros((window.height, -(-window.width // 8)), np.uint8)
         self._ahead: tuple[int, int, Future[NDArray[np.float32]]] | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="rows")
 
-    def __enter__(self) -> "_Rows":
+    def __enter__(self) -> "SceneRows":
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -1,6 +1,7 @@
 """Train a network on labelled scenes, resumable at any moment, on one process or under `torchrun`."""
 
-import time
+import json
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -16,13 +17,13 @@ from bigvision.jobs.train_raster.losses import build_loss
 from bigvision.jobs.train_raster.optimisation import OPTIMIZERS, learning_rate
 from bigvision.jobs.train_raster.options import TrainOptions
 from bigvision.jobs.train_raster.parallel import Ranks, joined_ranks
+from bigvision.jobs.train_raster.progress import Progress
 from bigvision.jobs.train_raster.routed import RoutedNetworks
 from bigvision.jobs.train_raster.run_folder import RunFolder, fingerprint_of, open_run
 from bigvision.jobs.train_raster.steps import Steps
 from bigvision.jobs.train_raster.subject import OneNetwork, Subject
 from bigvision.models.spec import parse_spec
 from bigvision.streaming.losses import Loss
-from bigvision.streaming.tape import NonFiniteError
 from datasets.pairs import Pair, read_pairs
 
 Say = Callable[[str], None]
@@ -67,8 +68,7 @@ class _Run:
     def __init__(self, pairs_file: Path, out: Path, options: TrainOptions, ranks: Ranks, say: Say) -> None:
         self.options, self.ranks, self.say = options, ranks, say
         pairs = read_pairs(pairs_file)
-        self.channels = channels_of(pairs, options)
-        self.subject = _subject(options, self.channels)
+        self.subject = _subject(options, channels_of(pairs, options))
         self.model, self.classes = self.subject.model, self.subject.classes
         self.data = open_data(pairs, options, self.classes)
         self.model.to(ranks.device).to(memory_format=torch.channels_last)
@@ -76,12 +76,12 @@ class _Run:
         self.optimizer: Optimizer = OPTIMIZERS[options.optimizer](
             [p for p in self.model.parameters() if p.requires_grad], options.lr, options.weight_decay
         )
-        files = (*_files(pairs, options), *self.subject.files)
-        asked = asdict(options) | {"overwrite": None, "tensorboard": None, "device": None}
-        self.folder = RunFolder(out, fingerprint_of(asked, [asdict(pair) for pair in pairs], files=files))
         self.steps: Steps = self.subject.steps(self.data.train, self.loss, ranks)
+        self.score = self.subject.scorer(self.data.validation, ranks, say)
+        self.folder = RunFolder(out, _fingerprint(pairs, options, self.subject, ranks.world))
         self.total = self.steps.per_epoch * options.epochs
         self.done, self.best = 0, -1.0
+        self.progress = Progress(say, self.total, self.steps.per_epoch)
 
     def train(self) -> TrainingResult:
         """All steps that are still to do."""
@@ -92,14 +92,16 @@ class _Run:
         with ExitStack() as stack:
             stack.callback(self.steps.close)
             curves = stack.enter_context(self._curves())
-            started, first = time.monotonic(), self.done
+            self.progress.begin(self.done)
             while self.done < self.total:
                 curves.add_step(self.done + 1, *self._step())
                 self.done += 1
                 if self.done % self.steps.per_epoch == 0:
-                    self._end_epoch(curves, (time.monotonic() - started) / (self.done - first))
-                elif self.done % self.options.checkpoint_every == 0:
+                    self._end_epoch(curves)
+                    continue
+                if self.done % self.options.steps_a_checkpoint == 0:
                     self._checkpoint()
+                self.progress.step(self.done, curves.mean_loss(self.done % self.steps.per_epoch))
         return self._result()
 
     def _step(self) -> tuple[float, float]:
@@ -110,40 +112,35 @@ class _Run:
             group["lr"] = rate
         try:
             result = self.steps(self.model, self.done)
-        except NonFiniteError as error:
-            raise RuntimeError(f"step {self.done + 1}: {error}; {self._kept()}") from error
+        except (ValueError, OSError, RuntimeError) as error:
+            raise self._failed(str(error)) from error
         weight = self.ranks.average_gradients(self.model, result.weight)
         share = torch.tensor(result.loss * result.weight / weight, dtype=torch.float64)
         loss = float(self.ranks.total(share.to(self.ranks.device)))
         largest = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip or float("inf"))
-        if not (torch.isfinite(largest) and loss == loss and abs(loss) < float("inf")):
-            raise RuntimeError(
-                f"step {self.done + 1}: loss {loss}, gradient norm {float(largest)} at {result.places}; "
-                f"{self._kept()}"
-            )
+        if not (torch.isfinite(largest) and math.isfinite(loss)):
+            raise self._failed(f"loss {loss}, gradient norm {float(largest)} at {result.places}")
         self.optimizer.step()
         return rate, loss
 
-    def _kept(self) -> str:
-        return f"the last checkpoint stands in {self.folder.path}"
+    def _failed(self, why: str) -> RuntimeError:
+        kept = f"the last checkpoint stands in {self.folder.path}"
+        return RuntimeError(f"step {self.done + 1}: {why}; {kept}")
 
-    def _end_epoch(self, curves: RunCurves, seconds: float) -> None:
-        epoch = self.done // self.steps.per_epoch
+    def _end_epoch(self, curves: RunCurves) -> None:
         self.ranks.average_buffers(self.model)
-        loss = curves.mean_loss(self.steps.per_epoch)
-        text = f"epoch {epoch}/{self.options.epochs}  loss {loss:.4f}  {seconds:.2f} s a step"
-        better = True
+        better, scored = True, ""
         if self.data.validation:
-            score = self.subject.validate(self.data.validation, self.ranks)
+            score = self.score()
             curves.add_score(self.done, score)
-            text += f"  held out: accuracy {score.accuracy:.4f}, mean IoU {score.mean_iou:.4f}"
+            scored = f"  held out: accuracy {score.accuracy:.4f}, mean IoU {score.mean_iou:.4f}"
             better = score.mean_iou > self.best
             self.best = max(self.best, score.mean_iou)
         if self.ranks.leads and better:
             self.subject.save(self.folder)
         self._checkpoint()
         curves.draw(at_most_every=0 if self.done == self.total else 30)
-        self.say(text)
+        self.progress.epoch(self.done, curves.mean_loss(self.steps.per_epoch), scored)
 
     def _checkpoint(self) -> None:
         self.ranks.average_buffers(self.model)
@@ -160,7 +157,7 @@ class _Run:
     def _resume(self) -> None:
         """Take the folder, and the state of its checkpoint if it has one; rank 0 goes first."""
         if self.ranks.leads:
-            open_run(self.folder, overwrite=self.options.overwrite)
+            open_run(self.folder, self._asked(), overwrite=self.options.overwrite)
             self.folder.describe(self._description())
         self.ranks.wait()
         state = self.folder.load_checkpoint()
@@ -177,9 +174,14 @@ class _Run:
         folder = self.folder.path if self.ranks.leads else None
         return RunCurves(folder, self.classes, self.done, self.options.tensorboard)
 
+    def _asked(self) -> dict[str, object]:
+        """The options as JSON keeps them."""
+        return json.loads(json.dumps(asdict(self.options), default=str))
+
     def _description(self) -> dict[str, object]:
         return {
-            "options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.options).items()},
+            "options": self._asked(),
+            "ranks": self.ranks.world,
             "classes": self.classes,
             "steps": self.total,
             "process": process_command(self.options, self.folder, self.subject.words(self.folder)),
@@ -223,8 +225,16 @@ def _loss(options: TrainOptions, data: TrainingData, device: torch.device) -> Lo
     return build_loss(options.loss, torch.tensor(weights, device=device))
 
 
-def _files(pairs: tuple[Pair, ...], options: TrainOptions) -> tuple[str, ...]:
-    """Every file that decides the result, as far as it is a file here."""
+def _fingerprint(pairs: tuple[Pair, ...], options: TrainOptions, subject: Subject, world: int) -> str:
+    """Of everything that decides the result: options, ranks, scenes, and every file among them."""
+    asked = asdict(options) | {"overwrite": None, "tensorboard": None, "device": None}
+    asked["scratch"] = options.scratch is not None  # where it is matters to nobody
     weights = () if options.weights is None else (str(options.weights),)
     source = parse_spec(options.model).source
-    return (*(name for pair in pairs for name in (pair.scene, pair.labels)), *weights, source)
+    files = (
+        *(name for pair in pairs for name in (pair.scene, pair.labels)),
+        *weights,
+        source,
+        *subject.files,
+    )
+    return fingerprint_of(asked, world, [asdict(pair) for pair in pairs], files=files)

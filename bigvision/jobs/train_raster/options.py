@@ -1,6 +1,7 @@
 """What the user asked of `bigvision train`, checked before any work starts."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from bigvision.jobs.process.options import Options, parse_bytes
@@ -17,8 +18,11 @@ class TrainOptions:
     class_weights: one number a class, or "balanced" (inverse frequency in the training labels).
     augment, jitter: turn and flip crops; random gains and offsets up to this, in normalised units.
     steps_per_epoch: by default as many as cover the training pixels once.
-    memory, scratch, scratch_limit, rows: of a whole-scene step: bytes it may take, a folder for states that
-        don't fit and the bytes they may take there, image rows a step of the scan (None: planned).
+    memory: bytes that the process may take while it streams a scene, to learn from it or to score it.
+    scratch, scratch_limit, rows: of a whole-scene step: a folder for states that don't fit in memory and the
+        bytes they may take there, image rows a step of the scan (None: planned).
+    checkpoint_every: steps; None: 100, or every one where a step is a whole scene.
+    tensorboard: event files as well; the package tensorboard must be there.
     route: a ROUTE.toml: its cheap network and a learned gate are trained with the model as full network.
     """
 
@@ -48,7 +52,7 @@ class TrainOptions:
     rows: int | None = None
     scratch: Path | None = None
     scratch_limit: str = "40GiB"
-    checkpoint_every: int = 100
+    checkpoint_every: int | None = None
     seed: int = 0
     tensorboard: bool = False
     overwrite: bool = False
@@ -63,12 +67,12 @@ class TrainOptions:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)!r} is none of {', '.join(known)}")
-        for name, least in (("epochs", 1), ("crop", 0), ("batch", 1), ("warmup", 0), ("checkpoint_every", 1)):
+        for name, least in (("epochs", 1), ("crop", 0), ("batch", 1), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise ValueError(
                     f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}"
                 )
-        for name in ("steps_per_epoch", "rows"):
+        for name in ("steps_per_epoch", "rows", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -81,10 +85,17 @@ class TrainOptions:
             raise ValueError(f"--jitter is at least 0 and below 1, got {self.jitter}")
         if isinstance(self.class_weights, str) and self.class_weights != "balanced":
             raise ValueError(f"--class-weights {self.class_weights!r} is neither numbers nor balanced")
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise ValueError("--tensorboard needs the package tensorboard, which is not installed")
         parse_bytes(self.memory)
         parse_bytes(self.scratch_limit)
         parse_terms(self.loss)
         self.reading()
+
+    @property
+    def steps_a_checkpoint(self) -> int:
+        """What a kill can cost at most."""
+        return self.checkpoint_every or (100 if self.crop else 1)
 
     def reading(self) -> Options:
         """How scenes are opened and normalised: exactly as `bigvision process` does."""

@@ -3,7 +3,7 @@
 Shapes: N crops, C bands, K classes, s rows and columns of a crop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from bigvision.jobs.train_raster.parallel import Ranks
 from bigvision.jobs.train_raster.routed_validation import RoutedValidation
 from bigvision.jobs.train_raster.run_folder import RunFolder
 from bigvision.jobs.train_raster.steps import CropSteps, Steps
+from bigvision.jobs.train_raster.subject import Say
 from bigvision.jobs.train_raster.validation import Score
 from bigvision.models.spec import parse_spec
 from bigvision.routing.cascade import Cascade, cascade_loss
@@ -51,7 +52,6 @@ class RoutedNetworks:
                 f"the cheap network {self.spec.model} has {classes} classes, {options.model} {self.classes}"
             )
         self.model = Cascade(cheap, full, channels, self.spec.region)
-        self._validation: RoutedValidation | None = None
         self._route = route
 
     @property
@@ -66,11 +66,10 @@ class RoutedNetworks:
         steps.prepare(self.model)
         return steps
 
-    def validate(self, scenes: Sequence[LabelledScene], ranks: Ranks) -> Score:
+    def scorer(self, scenes: Sequence[LabelledScene], ranks: Ranks, say: Say) -> Callable[[], Score]:
         """Whole scenes, routed as `bigvision process --route` would route them."""
-        if self._validation is None:
-            self._validation = RoutedValidation(self.model, self.spec, scenes, self.classes)
-        return self._validation.score(ranks, getattr(torch, self.options.dtype))
+        validation = RoutedValidation(self.model, self.spec, scenes, self.classes)
+        return partial(validation.score, ranks, getattr(torch, self.options.dtype))
 
     def save(self, folder: RunFolder) -> None:
         """The weights of both networks and the gate, and the route that names them."""

@@ -69,8 +69,10 @@ class RunFolder:
         _write(self.path / "run.json", lambda staging: staging.write_text(text + "\n"))
 
 
-def open_run(folder: RunFolder, *, overwrite: bool = False) -> None:
+def open_run(folder: RunFolder, options: dict[str, Any], *, overwrite: bool = False) -> None:
     """Make the folder of a run, or find the one that this run began.
+
+    options: as `describe` writes them; an error names those that differ.
 
     Raises:
         ValueError: something else stands there (with `overwrite`, another run is removed), or it can't be
@@ -78,10 +80,13 @@ def open_run(folder: RunFolder, *, overwrite: bool = False) -> None:
     """
     path = folder.path
     found = _found(path)
-    if found is not None and found != folder.fingerprint:
-        if not (overwrite and found):
-            hint = "another run; --overwrite replaces it" if found else "something else than a run"
-            raise ValueError(f"{path}: holds {hint}")
+    if found is not None and found.get("fingerprint") != folder.fingerprint:
+        if not found:
+            raise ValueError(f"{path}: holds something else than a run")
+        if not overwrite:
+            raise ValueError(
+                f"{path}: holds another run ({_difference(found, options)}); --overwrite replaces it"
+            )
         shutil.rmtree(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -93,16 +98,27 @@ def open_run(folder: RunFolder, *, overwrite: bool = False) -> None:
         leftover.unlink()
 
 
-def _found(path: Path) -> str | None:
-    """The fingerprint of the run at `path`, "" for something that is no run, None for nothing."""
+def _found(path: Path) -> dict[str, Any] | None:
+    """The description of the run at `path`, empty for something that is no run, None for nothing."""
     if not path.exists():
         return None
     if path.is_dir() and all(entry.match(".*.partial*") for entry in path.iterdir()):
         return None
     try:
-        return str(json.loads((path / "run.json").read_text())["fingerprint"])
+        description = json.loads((path / "run.json").read_text())
+        return description if isinstance(description["fingerprint"], str) else {}
     except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        return {}
+
+
+def _difference(found: dict[str, Any], options: dict[str, Any]) -> str:
+    """In what the run that stands there was another."""
+    theirs = found.get("options")
+    if not isinstance(theirs, dict):
+        return "of other options"
+    names = [name for name in options if name != "overwrite" and theirs.get(name) != options[name]]
+    told = [f"--{name.replace('_', '-')} {theirs.get(name)}, not {options[name]}" for name in names]
+    return "; ".join(told) or "of other files, ranks or version"
 
 
 def fingerprint_of(*facts: Any, files: tuple[str, ...] = ()) -> str:

@@ -11,20 +11,20 @@ from numpy.typing import NDArray
 from rasterio.windows import Window
 from torch import nn
 
-from bigvision.jobs.process.options import parse_bytes
 from bigvision.jobs.train_raster.data import check_unchanged
+from bigvision.jobs.train_raster.memory import divided_memory
 from bigvision.jobs.train_raster.options import TrainOptions
 from bigvision.jobs.train_raster.parallel import Ranks
 from bigvision.jobs.train_raster.steps import StepResult
 from bigvision.streaming.backward import Budget, plan_backward
-from bigvision.streaming.checkpoints import Scratch
+from bigvision.streaming.checkpoints import BudgetError
 from bigvision.streaming.losses import Loss
 from bigvision.streaming.model import StreamedModel
 from datasets.pairs import LabelledScene
 
 
 class ImageRows:
-    """A scene as the streaming engine reads it: [:, a:b] is float32 [C, b - a, W]."""
+    """A scene as the gradient reads it, down and up: [:, a:b] is float32 [C, b - a, W]."""
 
     def __init__(self, scene: LabelledScene) -> None:
         self.scene, self.shape = scene, scene.shape
@@ -34,7 +34,7 @@ class ImageRows:
         return self.scene.image.read(_rows(key[1], self.shape))[0]
 
 
-class TargetRows:
+class ClassRows:
     """The classes of a scene: [a:b] is uint8 [b - a, W], 255 where there is none."""
 
     def __init__(self, scene: LabelledScene) -> None:
@@ -58,21 +58,24 @@ class SceneSteps:
     ) -> None:
         self.scenes, self.options, self.loss, self.ranks = scenes, options, loss, ranks
         self.per_epoch = options.steps_per_epoch or -(-len(scenes) // ranks.world)
-        scratch = None
-        if options.scratch is not None:
-            scratch = Scratch(options.scratch, parse_bytes(options.scratch_limit))
-        self.budget = Budget(rows=options.rows, memory=parse_bytes(options.memory), scratch=scratch)
+        self._budget = Budget(rows=options.rows)
         self._streamed: dict[tuple[int, int, int], StreamedModel] = {}
 
     def prepare(self, model: nn.Module) -> None:
         """Trace the model at every scene's size and plan its gradient; errors as `StreamedModel` has them.
 
         Raises:
-            BudgetError: the memory and scratch budget can't hold a step; it says what could.
+            ValueError: the memory and scratch space can't hold a step; it says what could.
         """
+        memory = divided_memory(self.options, model)
+        self._budget = memory.budget(self.options.rows)
         for scene in self.scenes:
             streamed = self._model(model, scene.shape)
-            plan_backward(streamed.program, streamed.dtype, self.budget)
+            try:
+                plan_backward(streamed.program, streamed.dtype, self._budget)
+            except BudgetError as error:
+                what = f"one differentiated step over {scene.pair.scene}"
+                raise memory.too_little(what, error.least) from error
 
     def __call__(self, model: nn.Module, step: int) -> StepResult:
         """Forward and backward of this rank's scene."""
@@ -82,7 +85,7 @@ class SceneSteps:
             return StepResult(0.0, 0.0, "no scene")
         check_unchanged(scene, self.options)
         result = self._model(model, scene.shape).backward(
-            ImageRows(scene), TargetRows(scene), self.loss, budget=self.budget
+            ImageRows(scene), ClassRows(scene), self.loss, budget=self._budget
         )
         return StepResult(result.loss, 1.0, scene.pair.scene)
 

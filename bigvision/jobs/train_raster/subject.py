@@ -1,9 +1,8 @@
 """What a run trains: one network, or (with `--route`) a cascade of two and its gate."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from bigvision.jobs.train_raster.network import ClassLogits, build_network
@@ -12,9 +11,11 @@ from bigvision.jobs.train_raster.parallel import Ranks
 from bigvision.jobs.train_raster.run_folder import RunFolder
 from bigvision.jobs.train_raster.scene_steps import SceneSteps
 from bigvision.jobs.train_raster.steps import CropSteps, Steps
-from bigvision.jobs.train_raster.validation import Score, validate
+from bigvision.jobs.train_raster.validation import Score, Validation
 from bigvision.streaming.losses import Loss
 from datasets.pairs import LabelledScene
+
+Say = Callable[[str], None]
 
 
 class Subject(Protocol):
@@ -35,8 +36,8 @@ class Subject(Protocol):
     def steps(self, scenes: Sequence[LabelledScene], loss: Loss, ranks: Ranks) -> Steps:
         """The training steps, ready to run."""
 
-    def validate(self, scenes: Sequence[LabelledScene], ranks: Ranks) -> Score:
-        """The score on held-out scenes, as `bigvision process` would compute them."""
+    def scorer(self, scenes: Sequence[LabelledScene], ranks: Ranks, say: Say) -> Callable[[], Score]:
+        """What scores held-out scenes, as `bigvision process` would compute them, whenever it is called."""
 
     def save(self, folder: RunFolder) -> None:
         """Replace the run's weights."""
@@ -65,9 +66,9 @@ class OneNetwork:
         steps.prepare(self.model)
         return steps
 
-    def validate(self, scenes: Sequence[LabelledScene], ranks: Ranks) -> Score:
-        """Tile by tile."""
-        return validate(self.model, scenes, self.classes, ranks, getattr(torch, self.options.dtype))
+    def scorer(self, scenes: Sequence[LabelledScene], ranks: Ranks, say: Say) -> Callable[[], Score]:
+        """Whole scenes, streamed."""
+        return Validation(self.model, scenes, self.options, self.classes, ranks, say)
 
     def save(self, folder: RunFolder) -> None:
         """`weights.safetensors`."""

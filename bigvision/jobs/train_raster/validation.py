@@ -1,9 +1,9 @@
-"""Held-out scenes: the loss-free part of truth. Confusion counts over whole scenes, tile by exact tile.
+"""Held-out scenes: confusion counts over whole scenes, each streamed exactly as `bigvision process` does.
 
-Shapes: K classes; confusion int64 [K, K], rows are the truth.
+Shapes: C bands, K classes, h and w rows and columns; confusion float64 [K, K], rows are the truth.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,16 +13,24 @@ from numpy.typing import NDArray
 from rasterio.windows import Window
 from torch import Tensor, nn
 
-from bigvision.graph.geometry import Geometry, geometry
-from bigvision.graph.trace import UntraceableError, trace
-from bigvision.jobs.train_raster.network import PROBE
+from bigvision.graph.layout import UnsupportedOperatorError
+from bigvision.graph.trace import UntraceableError
+from bigvision.jobs.process.engine import to_strides
+from bigvision.jobs.process.geometry import Analysis, analyse
+from bigvision.jobs.process.stream import SceneRows
+from bigvision.jobs.train_raster.memory import divided_memory
+from bigvision.jobs.train_raster.options import TrainOptions
 from bigvision.jobs.train_raster.parallel import Ranks
+from bigvision.streaming.model import StreamedModel
 from datasets.pairs import IGNORE, LabelledScene
 from tiling import TileGrid
 
 TILE = 512
-# Where no exact halo exists (global pooling, attention), what tiles see of their surroundings.
+# Of tiles where no exact halo exists: what they see of their surroundings.
 APPROXIMATE_HALO = 128
+
+Scored = tuple[Tensor, NDArray[np.uint8]]
+"""Logits [K, h, w] of some pixels and their classes [h, w]."""
 
 
 @dataclass(frozen=True)
@@ -51,48 +59,83 @@ class Score:
         return float(np.nanmean(iou)) if np.isfinite(iou).any() else 0.0
 
 
-def tile_geometry(model: nn.Module, channels: int) -> tuple[int, int]:
-    """Total stride and halo for validation tiles: exact where the graph says so."""
-    try:
-        found: Geometry = geometry(trace(model, (channels, PROBE, PROBE)))
-    except (UntraceableError, ValueError):
-        return 64, APPROXIMATE_HALO
-    return found.stride, APPROXIMATE_HALO if found.inexact else found.halo
+class Validation:
+    """The held-out scenes of a run, divided among its ranks.
 
+    Args:
+        say: is told where the score is not exactly that of whole scenes.
 
-def logits_of(
-    model: nn.Module, scene: LabelledScene, stride: int, halo: int, device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[Window, Tensor, NDArray[np.uint8]]]:
-    """Window, logits [K, h, w] and classes [h, w] of every tile of a scene."""
-    for tile in TileGrid(scene.shape[1], scene.shape[2], TILE, halo, stride):
-        pixels, truth = scene.read(tile.padded)
-        below, right = (-pixels.shape[1]) % stride, (-pixels.shape[2]) % stride
-        image = F.pad(torch.from_numpy(pixels)[None].to(device), (0, right, 0, below))
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(image)[0].float()
-        yield tile.core, logits[:, *tile.crop], truth[tile.crop]
+    Raises:
+        ValueError: `--memory` can't hold a stream; it says what could.
+    """
 
+    def __init__(
+        self,
+        model: nn.Module,
+        scenes: Sequence[LabelledScene],
+        options: TrainOptions,
+        classes: int,
+        ranks: Ranks,
+        say: Callable[[str], None],
+    ) -> None:
+        self.model, self.scenes, self.classes, self.ranks = model, scenes, classes, ranks
+        self.dtype = getattr(torch, options.dtype)
+        self.own = scenes[ranks.rank :: ranks.world]
+        self._streamed: dict[tuple[int, int, int], StreamedModel] = {}
+        self._tiles: Analysis | None = None
+        try:
+            self._prepare_streams(options)
+        except (UntraceableError, UnsupportedOperatorError) as error:
+            self._tiles = analyse(model, scenes[0].shape)
+            how = "approximated by" if self._tiles.inexact else "scored by"
+            say(f"held-out scenes are {how} tiles with a halo of {self._halo} px: {error}")
 
-@torch.inference_mode()
-def validate(
-    model: nn.Module,
-    scenes: Sequence[LabelledScene],
-    classes: int,
-    ranks: Ranks,
-    dtype: torch.dtype = torch.float32,
-) -> Score:
-    """Score the model (in eval mode) on whole scenes, divided among the ranks."""
-    model.eval()
-    confusion = torch.zeros(classes, classes, dtype=torch.float64, device=ranks.device)
-    loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    stride, halo = tile_geometry(model, scenes[0].shape[0])
-    for scene in scenes[ranks.rank :: ranks.world]:
-        for _, logits, truth in logits_of(model, scene, stride, halo, ranks.device, dtype):
-            target = torch.from_numpy(truth.astype(np.int64)).to(ranks.device)
-            loss += F.cross_entropy(logits[None], target[None], ignore_index=IGNORE, reduction="sum")
-            seen = target != IGNORE
-            pairs = target[seen] * classes + logits.argmax(0)[seen]
-            confusion += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
-    confusion, loss = ranks.total(confusion), ranks.total(loss)
-    pixels = max(1.0, float(confusion.sum()))
-    return Score(confusion.cpu().numpy().astype(np.int64), float(loss) / pixels)
+    def _prepare_streams(self, options: TrainOptions) -> None:
+        """One stream for every size of scene."""
+        memory = divided_memory(options, self.model)
+        for shape in dict.fromkeys(scene.shape for scene in self.scenes):
+            rows = options.rows or memory.rows_to_stream(self.model.eval(), shape, self.dtype)
+            self._streamed[shape] = StreamedModel(
+                self.model, shape, rows=rows, dtype=self.dtype, device=self.ranks.device
+            )
+
+    @torch.inference_mode()
+    def __call__(self) -> Score:
+        """Score the model as it is now, in eval mode, on all scenes of all ranks."""
+        self.model.eval()
+        confusion = torch.zeros(self.classes, self.classes, dtype=torch.float64, device=self.ranks.device)
+        loss = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        for scene in self.own:
+            for logits, truth in self._tiled(scene) if self._tiles else self._whole(scene):
+                target = torch.from_numpy(truth.astype(np.int64)).to(self.ranks.device)
+                loss += F.cross_entropy(logits[None], target[None], ignore_index=IGNORE, reduction="sum")
+                seen = target != IGNORE
+                pairs = target[seen] * self.classes + logits.argmax(0)[seen]
+                confusion += torch.bincount(pairs, minlength=self.classes**2).view_as(confusion)
+        confusion, loss = self.ranks.total(confusion), self.ranks.total(loss)
+        pixels = max(1.0, float(confusion.sum()))
+        return Score(confusion.cpu().numpy().astype(np.int64), float(loss) / pixels)
+
+    def _whole(self, scene: LabelledScene) -> Iterator[Scored]:
+        """The rows of a whole scene, as they leave its stream."""
+        _, height, width = scene.shape
+        with SceneRows(scene.image, Window(0, 0, width, height)) as source:
+            for row, y in self._streamed[scene.shape].stream(source):
+                stop = row + y.shape[-2]
+                valid = source.valid(row, stop)
+                yield y[0].float(), scene.truth(Window(0, row, width, stop - row), valid)
+
+    def _tiled(self, scene: LabelledScene) -> Iterator[Scored]:
+        """Tiles of a network without a graph."""
+        assert self._tiles is not None
+        stride, device = self._tiles.stride, self.ranks.device
+        for tile in TileGrid(scene.shape[1], scene.shape[2], TILE, self._halo, stride):
+            pixels, truth = scene.read(tile.padded)
+            with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+                logits = self.model(to_strides(pixels, stride)[None].to(device))[0].float()
+            yield logits[:, *tile.crop], truth[tile.crop]
+
+    @property
+    def _halo(self) -> int:
+        assert self._tiles is not None
+        return APPROXIMATE_HALO if self._tiles.inexact else self._tiles.halo
