@@ -11,7 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
+from train_runs import (
+    FAST,
+    MODEL,
+    WHOLE,
+    assert_same_run,
+    quiet,
+    weights_of,
+    whole_image,
+    write_networks,
+    write_pairs,
+)
 
 from bigvision.jobs.train_raster import TrainOptions, train
 from bigvision.jobs.train_raster.curves import read_curve
@@ -21,27 +33,10 @@ from bigvision.models.spec import load_model
 from datasets.scene_files import write_scene
 from datasets.scenes import Scene
 
-MODEL = "bigvision.models.small_unet:small_unet?width=4&depth=2"
-FAST = TrainOptions(
-    MODEL, epochs=2, steps_per_epoch=3, crop=32, batch=2, scale=255, mean=(0.4,), std=(0.2,), lr=0.01
-)
-
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("scenes")
-    lines = ["scene,labels,split"]
-    for name, seed, split in (("a", 0, "train"), ("b", 1, "train"), ("c", 2, "val")):
-        scene = Scene(150 + 10 * seed, 131, seed=seed)
-        write_scene(scene, folder / f"{name}.tif")
-        write_scene(scene, folder / f"{name}_classes.tif", labels=True)
-        lines.append(f"{name}.tif,{name}_classes.tif,{split}")
-    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
-    return folder / "pairs.csv"
-
-
-def quiet(text: str) -> None:
-    pass
+    return write_pairs(tmp_path_factory.mktemp("scenes"))
 
 
 def test_training_learns_and_leaves_what_process_takes(pairs: Path, tmp_path: Path) -> None:
@@ -58,17 +53,6 @@ def test_training_learns_and_leaves_what_process_takes(pairs: Path, tmp_path: Pa
     assert "mean IoU" in said[-1]
     train(pairs, tmp_path / "run", options, said.append)
     assert "finished already (36 steps)" in said[-1]
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    for name in ("training.csv", "validation.csv", "weights.safetensors"):
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    for name, tensor in weights_of(one).items():
-        assert torch.equal(tensor, weights_of(other)[name]), name
 
 
 def test_a_run_stopped_anywhere_ends_like_one_that_was_not(
@@ -125,20 +109,20 @@ def test_kill_9_loses_nothing(pairs: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def launch(pairs: Path, out: Path, options: TrainOptions) -> None:
+    """Train on two ranks."""
+    script = out.with_name("script.py")
+    script.write_text(SCRIPT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = [str(script), str(pairs), str(out), repr(options)]
+    subprocess.run([*launcher, *arguments], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
 def test_two_ranks_take_the_step_of_one(pairs: Path, tmp_path: Path) -> None:
     # Without batch norm, whose statistics are a rank's own, halves of a batch average to the whole.
-    model = tmp_path / "plain.py"
-    model.write_text(
-        "from torch import nn\n"
-        "def plain():\n"
-        "    return nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 5, 1))\n"
-    )
-    options = replace(FAST, model=f"{model}:plain", batch=4, optimizer="sgd", epochs=1, loss="cross_entropy")
-    (tmp_path / "script.py").write_text(SCRIPT)
-    arguments = [str(pairs), str(tmp_path / "two"), repr(options)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*launcher, str(tmp_path / "script.py"), *arguments], check=True, env=environment)
+    model = f"{write_networks(tmp_path)}:plain"
+    options = replace(FAST, model=model, batch=4, optimizer="sgd", epochs=1, loss="cross_entropy")
+    launch(pairs, tmp_path / "two", options)
     train(pairs, tmp_path / "one", options, quiet)
     one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
     for name, tensor in one.items():
@@ -163,31 +147,52 @@ def test_a_network_with_one_channel_learns_two_classes(tmp_path: Path) -> None:
     assert result.score is None
 
 
+SGD = replace(WHOLE, rows=16, epochs=1, optimizer="sgd", lr=0.1, schedule="constant", weight_decay=0.0)
+
+
+def whole_gradients(model: torch.nn.Module, seed: int, loss: str) -> None:
+    """Add the gradient over a whole scene, padded to the network's stride, by plain autograd."""
+    image, truth = whole_image(seed)
+    height, width = image.shape[2:]
+    logits = model(F.pad(image, (0, -width % 4, 0, -height % 4)))[..., :height, :width]
+    build_loss(loss)(logits, truth).backward()
+
+
+def assert_weights(found: dict[str, torch.Tensor], model: torch.nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
+
+
 def test_whole_scenes_take_the_gradient_of_all_their_pixels(pairs: Path, tmp_path: Path) -> None:
-    options = replace(FAST, crop=0, steps_per_epoch=None, epochs=1, optimizer="sgd", lr=0.1, rows=16)
-    options = replace(options, schedule="constant", weight_decay=0.0, memory="2GiB", loss="dice+focal")
-    train(pairs, tmp_path / "run", options, quiet)
+    train(pairs, tmp_path / "run", replace(SGD, memory="2GiB", loss="dice+focal"), quiet)
     model = load_model(MODEL).requires_grad_(True)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     order = np.random.Generator(np.random.Philox(key=np.array([0, 0], np.uint64))).permutation(2)
     for seed in order:
-        height = 150 + 10 * int(seed)
-        image, truth = Scene(height, 131, seed=int(seed)).read(0, 0, height, 131)
-        padded = torch.zeros(1, 4, -(-height // 4) * 4, 132)
-        padded[0, :, :height, :131] = (torch.from_numpy(image) / 255 - 0.4) / 0.2
-        logits = model(padded)[:, :, :height, :131]
         optimizer.zero_grad()
-        build_loss("dice+focal")(logits, torch.from_numpy(truth.astype(np.int64))[None]).backward()
+        whole_gradients(model, int(seed), "dice+focal")
         optimizer.step()
-    found = load_file(tmp_path / "run" / "weights.safetensors")
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
+    assert_weights(load_file(tmp_path / "run" / "weights.safetensors"), model)
+
+
+def test_two_ranks_take_a_scene_each_and_average_their_gradients(pairs: Path, tmp_path: Path) -> None:
+    launch(pairs, tmp_path / "two", replace(SGD, epochs=2))
+    model = load_model(MODEL).requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        for seed in (0, 1):
+            whole_gradients(model, seed, "cross_entropy")
+        for parameter in model.parameters():
+            parameter.grad /= 2
+        optimizer.step()
+    assert_weights(load_file(tmp_path / "two" / "weights.safetensors"), model)
 
 
 def test_whole_scene_runs_resume_and_ask_for_possible_memory(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = replace(FAST, crop=0, steps_per_epoch=None, epochs=2, checkpoint_every=1, rows=32)
+    options = replace(WHOLE, epochs=2)
     train(pairs, tmp_path / "whole", options, quiet)
     original = SceneSteps.__call__
 
