@@ -1,0 +1,150 @@
+"""Passes over a part of the image: the rows of one band, exactly as a walk over the whole image makes them.
+
+A band's share of a pass is its share of the whole image's schedule: every operator makes only those of its
+rows that the band's own rows or sums need, at the places of the whole image. So bands are exact whatever the
+network, can be computed anywhere in any order, and what they give adds up to the whole.
+
+Legend: a, b rows of a stage, half open; t step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from bigvision.streaming.buffers import Scanner
+from bigvision.streaming.held import Held, narrowed, weights_of
+from bigvision.streaming.model import StreamedModel
+from bigvision.streaming.program import Pass, Program, Stage
+from bigvision.streaming.schedule import Schedule, schedule
+from bigvision.streaming.source import ImageRows, RowSource
+from bigvision.streaming.statistics import Sums
+
+Rows = tuple[int, int]
+PhaseSums = dict[str, Sums]
+"""The float64 sums of one phase's statistics, by the name of their operator in the graph."""
+
+
+@dataclass(frozen=True)
+class BandedStream:
+    """A streamed network over one scene, band by band and phase by phase.
+
+    Attributes:
+        model: prepared for the scene's shape.
+        source: the scene.
+    """
+
+    model: StreamedModel
+    source: RowSource
+
+    @property
+    def phases(self) -> int:
+        """How many passes take statistics before the one that gives the output."""
+        return len(self.model.program.passes) - 1
+
+    def sums(self, phase: int, band: Rows, before: Sequence[PhaseSums]) -> PhaseSums:
+        """A band's part of a phase's sums.
+
+        Args:
+            phase: counted from 0.
+            band: rows of the padded image; the bands of a phase must cover it without overlapping.
+            before: the whole sums of all earlier phases.
+        """
+        program = self.model.program
+        found: dict[fx.Node, Sums] = {}
+        for _, _, taken in self._scan(phase, band, before):
+            for node, part in taken.items():
+                found[node] = program.statistics[node].merge(found[node], part) if node in found else part
+        return {node.name: sums for node, sums in found.items()}
+
+    def merged(self, bands: Sequence[PhaseSums]) -> PhaseSums:
+        """The whole sums of a phase, from all its bands' parts from top to bottom."""
+        whole: PhaseSums = {}
+        for node, statistic in self.model.program.statistics.items():
+            for part in (band[node.name] for band in bands if node.name in band):
+                known = whole.get(node.name)
+                whole[node.name] = part if known is None else statistic.merge(known, part)
+        return whole
+
+    def rows(self, band: Rows, before: Sequence[PhaseSums]) -> Iterator[tuple[int, Tensor]]:
+        """Yield (row, y): output rows [1, K, h, W'] of the padded image, in order: the band's alone."""
+        for row, y, _ in self._scan(self.phases, band, before):
+            if y is not None:
+                yield row, y
+
+    def _scan(
+        self, index: int, band: Rows, before: Sequence[PhaseSums]
+    ) -> Iterator[tuple[int, Tensor | None, dict[fx.Node, Sums]]]:
+        """The steps of a pass over a band: first output row, output rows, sums of the statistics."""
+        model, program = self.model, self.model.program
+        walk, plan = banded(program.passes[index], schedule(program.passes[index], model.rows), band)
+        image = ImageRows(self.source, model.shape, program.traced.shape[1:], model.dtype, model.device)
+        with torch.inference_mode():
+            held = narrowed(_held(program, before, model.device), model.dtype)
+            scanner = Scanner(walk, plan, held, model.dtype, model.device)
+        for node, line in scanner.lines.items():
+            if line.window is not None:
+                line.window.base = line.window.stop = int(plan.made[node][0])
+        pace = plan.made[walk.stages[0].node]
+        for t in range(plan.steps):
+            with torch.inference_mode():
+                y, taken = scanner.advance(t, image.read(int(pace[t]), int(pace[t + 1])))
+            row = 0 if walk.output is None else int(plan.made[walk.output.node][t])
+            yield row, y, taken
+
+
+def banded(walk: Pass, plan: Schedule, band: Rows) -> tuple[Pass, Schedule]:
+    """The part of a pass, and of its schedule, that a band of image rows needs."""
+    needed = _needed(walk, band)
+    stages = tuple(stage for stage in walk.stages if stage.node in needed)
+    made = {node: np.clip(plan.made[node], *rows) for node, rows in needed.items()}
+    kept = {node: np.clip(plan.kept[node], *rows) for node, rows in needed.items()}
+    busy = np.any([np.diff(progress) > 0 for progress in made.values()], axis=0)
+    first, last = int(np.argmax(busy)), len(busy) - int(np.argmax(busy[::-1]))
+    steps = slice(first, last + 1)
+    return replace(walk, stages=stages), Schedule(
+        last - first,
+        {node: progress[steps] for node, progress in made.items()},
+        {node: rows[steps] for node, rows in kept.items()},
+    )
+
+
+def _needed(walk: Pass, band: Rows) -> dict[fx.Node, Rows]:
+    """The rows of every stage that a band's own rows and sums depend on; stages without any are left out."""
+    image = walk.stages[0]
+    ends = {image.node, *(one.source for one in walk.statistics)}
+    if walk.output is not None:
+        ends.add(walk.output.node)
+    needed: dict[fx.Node, Rows] = {}
+    for stage in reversed(walk.stages):
+        if stage.node in ends:
+            _widen(needed, stage.node, _share(stage, band, image.size))
+        if stage.node in needed:
+            read = stage.span(*needed[stage.node]).read if stage.rows else needed[stage.node]
+            for source in stage.inputs:
+                _widen(needed, source, read)
+    return needed
+
+
+def _share(stage: Stage, band: Rows, height: int) -> Rows:
+    """A stage's own rows of a band: the shares of bands that cover the image cover the stage."""
+    return band[0] * stage.size // height, band[1] * stage.size // height
+
+
+def _widen(needed: dict[fx.Node, Rows], node: fx.Node, rows: Rows) -> None:
+    if rows[0] < rows[1]:
+        known = needed.get(node, rows)
+        needed[node] = min(known[0], rows[0]), max(known[1], rows[1])
+
+
+def _held(program: Program, before: Sequence[PhaseSums], device: torch.device) -> Held:
+    """Weights, statistics of earlier phases, and what is computed from them."""
+    held = program.finish({}, weights_of(program, device))
+    for sums in before:
+        named = {node: sums[node.name] for node in program.statistics if node.name in sums}
+        held = program.finish(named, held)
+    return held
