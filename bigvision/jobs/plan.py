@@ -27,7 +27,7 @@ from bigvision.models.spec import load_model
 from bigvision.streaming.backward import Budget, plan_backward
 from bigvision.streaming.checkpoints import BudgetError, Scratch
 from bigvision.streaming.footprint import forward_bytes
-from bigvision.streaming.plan import row_choices
+from bigvision.streaming.plan import pass_flops, row_choices
 from bigvision.streaming.program import compile_program
 from tiling import TileGrid
 
@@ -183,6 +183,9 @@ class _Planner:
         _, height, width = self.shape
         if cut.engine == "tiles":
             return TileGrid(height, width, cut.tile, cut.halo, cut.stride).overhead
+        if cut.phases is not None:
+            passes = pass_flops(compile_program(self.traced))
+            return sum(passes) / max(passes[-1], 1)
         return TileGrid(height, width, (cut.tile, width), (cut.halo, 0), (cut.stride, 1)).overhead
 
     def _streaming(self) -> tuple[Streaming | None, str]:

@@ -101,3 +101,24 @@ def dict_net(bands: int = 3, classes: int = 4) -> nn.Module:
             return {"out": super().forward(x)}
 
     return Dict(5, bands, classes)
+
+
+class Gated(nn.Module):
+    """Two statistics of the scene, one after the other, and convolutions with a skip around them."""
+
+    def __init__(self, bands: int, classes: int) -> None:
+        super().__init__()
+        self.stem, self.gate = conv(bands, 6, 3, stride=2), nn.Conv2d(6, 6, 1)
+        self.norm, self.deep = nn.GroupNorm(2, 6), conv(6, 6, 5, dilation=2)
+        self.head = conv(6 + bands, classes, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x / 100).relu()
+        y = self.norm(y * self.gate(y.mean((2, 3), keepdim=True)).sigmoid())
+        y = F.interpolate(self.deep(y).relu(), scale_factor=2.0, mode="bilinear")
+        return self.head(torch.cat([x / 100, y], 1))
+
+
+def gated_net(bands: int = 3, classes: int = 4) -> nn.Module:
+    torch.manual_seed(11)
+    return Gated(bands, classes)

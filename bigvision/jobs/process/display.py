@@ -55,9 +55,13 @@ class Bar(Watcher):
             else f" ({plan.agreement:.2%} of the classes are the same in bfloat16)"
         )
         cut = f"tiles of {plan.tile} px" if plan.engine == "tiles" else f"streamed bands of {plan.tile} rows"
+        if plan.phases is None:
+            cut += f" with a halo of {plan.halo} px"
+        elif plan.phases:
+            cut += f", read {1 + plan.phases} times for the scene's statistics"
         resumed = "" if left == pixels else f"; {1 - left / pixels:.0%} was finished before"
         self.console.print(
-            f"{scene}: {plan.exactness}, {plan.dtype}{agreement}, {cut} with a halo of {plan.halo} px, "
+            f"{scene}: {plan.exactness}, {plan.dtype}{agreement}, {cut}, "
             f"about {plan.predicted_bytes / 2**30:.1f} GiB{resumed}",
             highlight=False,
             soft_wrap=True,

@@ -29,6 +29,11 @@ class Ledger:
         return self.folder / "pixels.zarr"
 
     @property
+    def sums(self) -> Path:
+        """Statistics over the scene, by phase and band."""
+        return self.folder / "sums"
+
+    @property
     def draft(self) -> Path:
         """Where the finished file is written before it gets its name."""
         return self.folder / "result.tif"

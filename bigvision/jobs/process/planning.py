@@ -13,9 +13,10 @@ from bigvision.graph.geometry import padded_size
 from bigvision.jobs.process.engine import Engine, TilesEngine
 from bigvision.jobs.process.geometry import Analysis
 from bigvision.jobs.process.options import Options
+from bigvision.jobs.process.phases import PhasedEngine, PhaseStore
 from bigvision.jobs.process.precision import Precision
 from bigvision.jobs.process.results import ResultKind
-from bigvision.jobs.process.stream import StreamEngine, streamed_bytes
+from bigvision.jobs.process.stream import StreamEngine, statistic_phases, streamed_bytes
 from bigvision.streaming.plan import PIXELS_A_STEP
 from tiling import TileGrid, ZarrWriter
 from tiling.memory import CACHE_BYTES
@@ -38,7 +39,8 @@ class Plan:
     padded windows and context around cores. exactness: "exact", or "approximate: ..." with the reasons.
     dtype: of the network; agreement: the part of classes on which bfloat16 agreed with float32 (None: not
     compared). predicted_bytes: peak of all `processes` that compute. step: rows of the scene that a streamed
-    band advances by.
+    band advances by. phases: passes that take statistics over the scene, band by band, before the output is
+    computed; None where a band needs nothing but itself and its halo.
     """
 
     engine: str
@@ -51,6 +53,7 @@ class Plan:
     predicted_bytes: int
     processes: int
     step: int = 0
+    phases: int | None = None
 
     def grid(self, shape: tuple[int, int, int], writer: ZarrWriter) -> TileGrid:
         """The units of a scene [C, H, W]: squares, or full-width bands of rows."""
@@ -62,12 +65,14 @@ class Plan:
         """Rows and columns that the store keeps in one file, and the side of its chunks."""
         if self.engine == "tiles":
             return self.tile, self.tile, _chunk(self.tile)
-        rows = _strip_rows(shape[2], kind)
+        rows = min(_strip_rows(shape[2], kind), self.tile)
         return rows, shape[2], rows
 
-    def runs(self) -> Engine:
-        """The engine as planned."""
-        return TilesEngine(self.stride) if self.engine == "tiles" else StreamEngine(self.step)
+    def runs(self, sums: PhaseStore) -> Engine:
+        """The engine as planned; `sums` is where statistics over the scene are kept."""
+        if self.engine == "tiles":
+            return TilesEngine(self.stride)
+        return StreamEngine(self.step) if self.phases is None else PhasedEngine(self.step, self.phases, sums)
 
     def record(self) -> dict[str, Any]:
         """For JSON; `Plan(**record)` is the way back."""
@@ -118,17 +123,16 @@ def _plan_stream(
         raise ValueError("--compile is for --engine tiles: a compiled row step measured no faster")
     whole = padded_size(shape[1], shape[2], analysis.stride)[0]
     processes = options.workers or 1
-    if analysis.inexact:
-        band, halo = whole, 0
-    else:
-        band, halo = options.tile or min(_BAND, -(-whole // processes)), analysis.halo
-        band = min(-(-band // analysis.stride) * analysis.stride, whole)
+    # Rows that depend on the whole scene are bands of its stream, which need no halo.
+    halo, phases = (0, statistic_phases(model, shape)) if analysis.inexact else (analysis.halo, None)
+    band = options.tile or min(_BAND, -(-whole // processes))
+    band = min(-(-band // analysis.stride) * analysis.stride, whole)
     each = (options.memory_bytes - _coordinator(options)) // processes
     # A strip is made, written and compressed at once; a step's logits stand there as computed and in float32.
     strips = 4 * _strip_rows(shape[2], kind) * shape[2] * _pixel_bytes(kind)
     strips += 8 * PIXELS_A_STEP * kind.channels
     fixed = _base(options) + CACHE_BYTES + 2 * analysis.parameter_bytes + strips + shape[1] * shape[2] // 8
-    tall = min(whole, band + 2 * halo)
+    tall = min(whole, band + 2 * halo) if phases is None else whole
     for choice in streamed_bytes(model, (shape[0], tall, shape[2]), precision.dtype):
         rows, needed = choice[0], fixed + choice[1]
         if needed <= each:
@@ -149,6 +153,7 @@ def _plan_stream(
         predicted_bytes=needed * processes + _coordinator(options),
         processes=processes,
         step=rows,
+        phases=phases,
     )
 
 

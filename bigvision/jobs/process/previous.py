@@ -7,9 +7,11 @@ bit, that of computing every tile.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from rasterio.windows import Window
 
 from bigvision.jobs.process.ledger import Ledger
 from bigvision.jobs.process.network import Network
@@ -60,7 +62,9 @@ def open_previous(
 def copy_unchanged(
     previous: Previous, scene: Scene, plan: Plan, writer: ZarrWriter, ledger: Ledger, units: Sequence[Tile]
 ) -> list[Tile]:
-    """Store the units whose padded window is as it was; returns those that must be computed.
+    """Store the units whose padded window (or scene, where all depends on all) is as it was.
+
+    Returns those that must be computed.
 
     Raises:
         ValueError: an earlier result of other tiles or another type, whose pixels could differ in their bits.
@@ -72,9 +76,12 @@ def copy_unchanged(
             f"--previous {previous.result.name}: its tiles, type and engine were {made}, now they are "
             f"{(str(plan.tile), plan.dtype, plan.engine)}"
         )
+    same = partial(_unchanged, previous.scene, scene)
+    if plan.phases is not None and not all(same(unit.core) for unit in plan.grid(scene.shape, writer)):
+        return list(units)  # every row depends on the whole scene
     left = []
     for unit in units:
-        if _unchanged(previous.scene, scene, unit):
+        if plan.phases is not None or same(unit.padded):
             writer.write(previous.result.read(unit.core), unit.core)
             ledger.mark(unit.index)
         else:
@@ -82,9 +89,9 @@ def copy_unchanged(
     return left
 
 
-def _unchanged(before: Scene, now: Scene, unit: Tile) -> bool:
-    pixels, valid = now.read(unit.padded)
-    earlier, shown = before.read(unit.padded)
+def _unchanged(before: Scene, now: Scene, window: Window) -> bool:
+    pixels, valid = now.read(window)
+    earlier, shown = before.read(window)
     # Bits, not values: NaN equals itself, and -0 is not 0.
     return bool(
         np.array_equal(valid, shown) and np.array_equal(pixels.view(np.int32), earlier.view(np.int32))

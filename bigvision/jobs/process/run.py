@@ -1,6 +1,7 @@
 """One scene from its file to its result, going on from whatever an interrupted run left."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from bigvision.jobs.process.geometry import analyse
 from bigvision.jobs.process.ledger import Ledger, open_ledger
 from bigvision.jobs.process.network import NetworkSpec, load_network, network_spec
 from bigvision.jobs.process.options import Options
+from bigvision.jobs.process.phases import PhasedEngine, PhaseRunner, PhaseStore
 from bigvision.jobs.process.planning import Plan, plan_scene
 from bigvision.jobs.process.precision import choose_precision
 from bigvision.jobs.process.previous import Previous, copy_unchanged, open_previous
@@ -20,7 +22,7 @@ from bigvision.jobs.process.routed import run_routed
 from bigvision.jobs.process.scene import Scene, open_scene
 from bigvision.jobs.process.units import UnitRunner, Unread, Work
 from bigvision.streaming.memory import freed_memory_kept
-from tiling import RasterError, ZarrWriter, create_zarr, gdal_cache, open_raster, resume_zarr
+from tiling import RasterError, Tile, ZarrWriter, create_zarr, gdal_cache, open_raster, resume_zarr
 from tiling.mapping import map_tiles
 
 if TYPE_CHECKING:
@@ -184,16 +186,32 @@ def _compute(
     left = [unit for unit in grid if unit.index not in done]
     if previous is not None:
         left = copy_unchanged(previous, scene, plan, writer, ledger, left)
-    pixels = sum(unit.core.height * unit.core.width for unit in left)
+    store = PhaseStore(ledger.sums, len(grid))
+    to_sum = [
+        [unit for unit in grid if left and unit.index not in store.done(phase)]
+        for phase in range(plan.phases or 0)
+    ]
+    # A band's pixels count in equal parts for each of its passes.
+    pixels = sum(_pixels(units) for units in (*to_sum, left)) // (1 + len(to_sum))
     watcher.planned(scene.raster.name, plan, scene.shape[1] * scene.shape[2], pixels)
     final = replace(spec, dtype=plan.dtype, compile=options.compile)
     kind = ResultKind(options.output, load_network(spec).classes, options.threshold)
-    work = Work(scene, final, plan.runs(), kind, writer, ledger, threads_each(options))
+    engine = plan.runs(store)
+    work = Work(scene, final, engine, kind, writer, ledger, threads_each(options))
+    tasks = len(left) + sum(map(len, to_sum))
 
-    def progress(_: int, total: int) -> None:
-        watcher.computed(pixels / total)
+    def progress(_: int, __: int) -> None:
+        watcher.computed(pixels / tasks)
 
+    for phase, units in enumerate(to_sum):
+        assert isinstance(engine, PhasedEngine)
+        runner = PhaseRunner(work, engine, phase)
+        map_tiles(runner, Unread(), None, units, client=client, workers=1, progress=progress)
     map_tiles(
-        UnitRunner(work), Unread(), None, left, client=client, workers=work.engine.at_once, progress=progress
+        UnitRunner(work), Unread(), None, left, client=client, workers=engine.at_once, progress=progress
     )
     return pixels
+
+
+def _pixels(units: Sequence[Tile]) -> int:
+    return sum(unit.core.height * unit.core.width for unit in units)

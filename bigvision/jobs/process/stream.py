@@ -1,4 +1,4 @@
-"""The engine that streams: a unit is a full-width band of rows, or the whole scene where statistics span it.
+"""The engine that streams: a unit is a full-width band of rows.
 
 Legend: C bands, K logits, h and w rows and columns.
 """
@@ -44,7 +44,7 @@ class StreamEngine:
     def pieces(self, network: Network, unit: Tile, read: Scene) -> Iterator[Piece]:
         """Rows of the core as they leave the network."""
         core, padded = unit.core, unit.padded
-        model = _streamed(network, (read.shape[0], padded.height, padded.width), self.rows)
+        model = streamed_model(network, (read.shape[0], padded.height, padded.width), self.rows)
         with SceneRows(read, padded) as source:
             for row, logits in model.stream(source):
                 start = max(row, core.row_off - padded.row_off)
@@ -63,8 +63,13 @@ def streamed_bytes(model: nn.Module, shape: tuple[int, int, int], dtype: str) ->
         yield rows, int(HEAP_SLACK * forward_bytes(program, rows, getattr(torch, dtype)))
 
 
+def statistic_phases(model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """How many passes over a scene [C, H, W] take statistics before the output can be computed."""
+    return len(compile_program(trace_padded(model, shape)[0]).passes) - 1
+
+
 @lru_cache(maxsize=4)
-def _streamed(network: Network, shape: tuple[int, int, int], rows: int) -> StreamedModel:
+def streamed_model(network: Network, shape: tuple[int, int, int], rows: int) -> StreamedModel:
     """Bands of one height share their schedule."""
     return StreamedModel(network.module, shape, rows=rows, dtype=network.dtype, device=network.device)
 

@@ -1,0 +1,143 @@
+"""Statistics over a whole scene, band by band: each band's sums in the ledger, reduced from top to bottom.
+
+A network with global pooling or normalisation needs several passes over the scene. Each pass is divided into
+the same bands as the output; what a killed job had summed is not summed again, and the bytes of the result
+depend on the cut alone, not on who computed what when.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from rasterio.windows import Window
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bigvision.jobs.process.engine import Piece
+from bigvision.jobs.process.network import Network, load_network
+from bigvision.jobs.process.scene import Scene
+from bigvision.jobs.process.stream import SceneRows, streamed_model
+from bigvision.jobs.process.units import Work
+from bigvision.streaming.bands import BandedStream, PhaseSums
+from bigvision.streaming.memory import freed_memory_kept
+from tiling import Tile
+from tiling.publish import publish, staging_name
+
+
+@dataclass(frozen=True)
+class PhaseStore:
+    """The sums of all bands and phases of one run, in files; picklable.
+
+    folder: where they are. bands: of the scene.
+    """
+
+    folder: Path
+    bands: int
+
+    def done(self, phase: int) -> frozenset[int]:
+        """The bands whose sums are there."""
+        complete = self._phase(phase).glob("[0-9]*.safetensors")
+        return frozenset(int(path.stem) for path in complete)
+
+    def save(self, phase: int, band: int, sums: PhaseSums) -> None:
+        """Keep one band's sums."""
+        path = self._phase(phase) / f"{band}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = staging_name(path)
+        flat = {
+            f"{name} {place}": part.cpu().contiguous()
+            for name, parts in sums.items()
+            for place, part in enumerate(parts)
+        }
+        save_file(flat, staging)
+        publish(staging, path)
+
+    def load(self, phase: int, device: str) -> list[PhaseSums]:
+        """All bands' sums, from top to bottom; FileNotFoundError where one is missing."""
+        return [_read(self._phase(phase) / f"{band}.safetensors", device) for band in range(self.bands)]
+
+    def _phase(self, phase: int) -> Path:
+        return self.folder / f"phase-{phase}"
+
+
+def _read(path: Path, device: str) -> PhaseSums:
+    sums: dict[str, dict[int, Tensor]] = {}
+    for key, part in load_file(path, device).items():
+        name, place = key.rsplit(" ", 1)
+        sums.setdefault(name, {})[int(place)] = part
+    return {name: tuple(parts[place] for place in sorted(parts)) for name, parts in sums.items()}
+
+
+@dataclass(frozen=True)
+class PhasedEngine:
+    """Bands of the whole scene's stream: exact whatever the network, at no halo but each operator's own.
+
+    rows: image rows a step. phases: passes that take statistics. store: their sums.
+    """
+
+    rows: int
+    phases: int
+    store: PhaseStore
+    at_once: int = 1  # a unit overlaps its own reading, computing and writing
+
+    def read(self, scene: Scene, unit: Tile) -> Scene:
+        """The scene itself, which is read by rows while they are computed."""
+        return scene
+
+    def take(self, network: Network, unit: Tile, scene: Scene, phase: int) -> None:
+        """One band's sums of one phase, into the store; those of all earlier phases must be there."""
+        with self._stream(network, scene) as (stream, _):
+            sums = stream.sums(phase, _band(stream, unit), self._before(stream, phase))
+        self.store.save(phase, unit.index, sums)
+
+    def pieces(self, network: Network, unit: Tile, read: Scene) -> Iterator[Piece]:
+        """Rows of the core as they leave the network."""
+        core = unit.core
+        with self._stream(network, read) as (stream, source):
+            for row, logits in stream.rows(_band(stream, unit), self._before(stream, self.phases)):
+                stop = min(row + logits.shape[-2], core.row_off + core.height)
+                if row < stop:
+                    window = Window(0, row, core.width, stop - row)
+                    yield Piece(window, logits[0, :, : stop - row, : core.width], source.valid(row, stop))
+
+    @contextmanager
+    def _stream(self, network: Network, scene: Scene) -> Iterator[tuple[BandedStream, SceneRows]]:
+        _, height, width = scene.shape
+        with SceneRows(scene, Window(0, 0, width, height)) as source:
+            yield BandedStream(streamed_model(network, scene.shape, self.rows), source), source
+
+    def _before(self, stream: BandedStream, phase: int) -> list[PhaseSums]:
+        """The whole sums of the phases before this one."""
+        device = str(stream.model.device)
+        return [stream.merged(self.store.load(earlier, device)) for earlier in range(phase)]
+
+
+def _band(stream: BandedStream, unit: Tile) -> tuple[int, int]:
+    """The rows of a unit; the lowest one takes the padding below the scene, too."""
+    core = unit.core
+    stop = core.row_off + core.height
+    height, padded = stream.model.shape[1], stream.model.program.traced.shape[1]
+    return core.row_off, padded if stop == height else stop
+
+
+class PhaseRunner:
+    """What `map_tiles` calls with a band, in one phase of statistics. Picklable; one band at a time."""
+
+    def __init__(self, work: Work, engine: PhasedEngine, phase: int) -> None:
+        self.work, self.engine, self.phase = work, engine, phase
+        self.room = threading.Lock()
+
+    def __reduce__(self) -> tuple[type["PhaseRunner"], tuple[Work, PhasedEngine, int]]:
+        return PhaseRunner, (self.work, self.engine, self.phase)
+
+    def __call__(self, _: NDArray[Any], unit: Tile) -> None:
+        """Sum one band."""
+        with self.room, freed_memory_kept(), torch.inference_mode():
+            if self.work.threads is not None:
+                torch.set_num_threads(self.work.threads)
+            self.engine.take(load_network(self.work.spec), unit, self.work.scene, self.phase)

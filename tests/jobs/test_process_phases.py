@@ -1,0 +1,132 @@
+"""Networks with statistics over the scene: bands are summed, kept, resumed and shared like any other unit."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from process_scenes import random_pixels, read, whole_image, write_scene
+
+from bigvision.jobs.process import Options, run_scene
+from bigvision.jobs.process.phases import PhaseStore
+from bigvision.jobs.process.run import Watcher
+from bigvision.models.spec import load_model
+from tiling import open_raster
+
+NETWORKS = Path(__file__).with_name("process_networks.py")
+GATED = f"{NETWORKS}:gated_net?bands=3"
+BIGVISION = Path(sys.executable).with_name("bigvision")
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_scene(tmp_path_factory.mktemp("scene") / "scene.tif", random_pixels((3, 300, 131), 1))
+
+
+def options(**more: object) -> Options:
+    chosen = {"model": GATED, "tile": 64, "dtype": "float32", "engine": "stream"}
+    chosen |= {"output": "logits", "format": "zarr"} | more
+    return Options(**chosen)  # type: ignore[arg-type]
+
+
+def expected(scene: Path) -> np.ndarray:
+    return whole_image(load_model(GATED), read(scene).astype(np.float32), 2)
+
+
+def test_any_split_is_the_whole_image_and_one_split_the_same_bytes(scene: Path, tmp_path: Path) -> None:
+    whole, results = expected(scene), []
+    for name, tile in (("a", 64), ("again", 64), ("b", 192), ("c", 8192)):
+        outcome = run_scene((str(scene),), tmp_path / f"{name}.zarr", options(tile=tile))
+        assert outcome.plan is not None
+        assert (outcome.plan.engine, outcome.plan.phases, outcome.plan.exactness) == ("stream", 2, "exact")
+        results.append(open_raster(tmp_path / f"{name}.zarr").read())
+        np.testing.assert_allclose(results[-1], whole, rtol=1e-5, atol=1e-5 * np.abs(whole).max())
+    assert results[0].tobytes() == results[1].tobytes()
+
+
+class Stop(Exception):
+    pass
+
+
+class StopAfter(Watcher):
+    """Counts tasks, and stops a run after some of them."""
+
+    def __init__(self, tasks: int = 10**9) -> None:
+        self.tasks, self.seen, self.left = tasks, 0, 0
+
+    def planned(self, scene: str, plan: object, pixels: int, left: int) -> None:
+        self.left = left
+
+    def computed(self, pixels: float) -> None:
+        self.seen += 1
+        if self.seen == self.tasks:
+            raise Stop
+
+
+@pytest.mark.parametrize("tasks", [2, 7, 12])
+def test_a_run_stopped_in_any_phase_sums_nothing_twice(scene: Path, tmp_path: Path, tasks: int) -> None:
+    """Five bands, two phases and the output: fifteen tasks."""
+    target = tmp_path / "scene.zarr"
+    with pytest.raises(Stop):
+        run_scene((str(scene),), target, options(), watcher=StopAfter(tasks))
+    store = PhaseStore(tmp_path / ".scene.zarr.run" / "sums", 5)
+    assert [len(store.done(phase)) for phase in (0, 1)] == [min(tasks, 5), min(max(tasks - 5, 0), 5)]
+    rest = StopAfter()
+    run_scene((str(scene),), target, options(), watcher=rest)
+    assert rest.seen == 15 - tasks
+    assert rest.left < 300 * 131
+    run_scene((str(scene),), tmp_path / "whole.zarr", options())
+    one, two = (open_raster(tmp_path / name).read() for name in ("scene.zarr", "whole.zarr"))
+    assert one.tobytes() == two.tobytes()
+
+
+def command(scene: Path, out: Path, *more: str) -> list[str]:
+    words = [str(BIGVISION), "process", str(scene), "--model", GATED, "--out", str(out), "--dtype", "float32"]
+    return [*words, "--output", "logits", "--engine", "stream", "--format", "zarr", *more]
+
+
+def test_kill_9_between_phases_changes_no_byte(scene: Path, tmp_path: Path) -> None:
+    arguments = command(scene, tmp_path / "killed", "--tile", "16")
+    sums = tmp_path / "killed" / ".scene.zarr.run" / "sums"
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while len(list(sums.glob("phase-*/*.safetensors"))) < 3:
+            assert process.poll() is None, "finished before it could be killed"
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    resumed = subprocess.run(arguments, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "was finished before" in resumed.stderr
+    run_scene((str(scene),), tmp_path / "whole.zarr", options(tile=16))
+    one = open_raster(tmp_path / "killed" / "scene.zarr").read()
+    assert one.tobytes() == open_raster(tmp_path / "whole.zarr").read().tobytes()
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["scene.zarr"]
+
+
+def test_workers_share_the_phases(scene: Path, tmp_path: Path) -> None:
+    arguments = command(scene, tmp_path / "shared", "--tile", "64", "--workers", "2", "--memory", "6GiB")
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "read 3 times for the scene's statistics" in done.stderr
+    run_scene((str(scene),), tmp_path / "alone.zarr", options())
+    one = open_raster(tmp_path / "shared" / "scene.zarr").read()
+    assert one.tobytes() == open_raster(tmp_path / "alone.zarr").read().tobytes()
+
+
+def test_sums_come_back_as_they_were_kept(tmp_path: Path) -> None:
+    store = PhaseStore(tmp_path, 2)
+    parts = [{"mean 1": (torch.rand(3).double(), torch.rand(1, 2).double()), "b": (torch.rand(2).double(),)}]
+    parts.append({"b": (torch.full((2,), torch.inf).double(),)})
+    for band in (1, 0):
+        store.save(3, band, parts[band])
+    assert store.done(3) == {0, 1}
+    assert store.done(0) == frozenset()
+    found = store.load(3, "cpu")
+    for one, other in zip(found, parts, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(a, b) for name in one for a, b in zip(one[name], other[name], strict=True))
+    with pytest.raises(FileNotFoundError):
+        PhaseStore(tmp_path, 3).load(3, "cpu")
