@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from bigvision.streaming.buffers import Scanner
-from bigvision.streaming.held import Held, narrowed, weights_of
+from bigvision.streaming.forward import scanned
+from bigvision.streaming.held import Held, weights_of
 from bigvision.streaming.model import StreamedModel
 from bigvision.streaming.program import Pass, Program, Stage
+from bigvision.streaming.row_store import GivenRows
+from bigvision.streaming.scan import StepResult
 from bigvision.streaming.schedule import Schedule, schedule
 from bigvision.streaming.source import ImageRows, RowSource
 from bigvision.streaming.statistics import Sums
@@ -54,11 +56,9 @@ class BandedStream:
             band: rows of the padded image; the bands of a phase must cover it without overlapping.
             before: the whole sums of all earlier phases.
         """
-        program = self.model.program
         found: dict[fx.Node, Sums] = {}
-        for _, _, taken in self._scan(phase, band, before):
-            for node, part in taken.items():
-                found[node] = program.statistics[node].merge(found[node], part) if node in found else part
+        for _ in self._scan(phase, band, before, found):
+            pass
         return {node.name: sums for node, sums in found.items()}
 
     def merged(self, bands: Sequence[PhaseSums]) -> PhaseSums:
@@ -72,29 +72,20 @@ class BandedStream:
 
     def rows(self, band: Rows, before: Sequence[PhaseSums]) -> Iterator[tuple[int, Tensor]]:
         """Yield (row, y): output rows [1, K, h, W'] of the padded image, in order: the band's alone."""
-        for row, y, _ in self._scan(self.phases, band, before):
-            if y is not None:
-                yield row, y
+        for done in self._scan(self.phases, band, before, {}):
+            if done.output is not None:
+                yield done.row, done.output
 
     def _scan(
-        self, index: int, band: Rows, before: Sequence[PhaseSums]
-    ) -> Iterator[tuple[int, Tensor | None, dict[fx.Node, Sums]]]:
-        """The steps of a pass over a band: first output row, output rows, sums of the statistics."""
+        self, index: int, band: Rows, before: Sequence[PhaseSums], sums: dict[fx.Node, Sums]
+    ) -> Iterator[StepResult]:
+        """The steps of a pass over a band; its statistics are added up in `sums`."""
         model, program = self.model, self.model.program
         walk, plan = banded(program.passes[index], schedule(program.passes[index], model.rows), band)
         image = ImageRows(self.source, model.shape, program.traced.shape[1:], model.dtype, model.device)
-        with torch.inference_mode():
-            held = narrowed(_held(program, before, model.device), model.dtype)
-            scanner = Scanner(walk, plan, held, model.dtype, model.device)
-        for node, line in scanner.lines.items():
-            if line.window is not None:
-                line.window.base = line.window.stop = int(plan.made[node][0])
-        pace = plan.made[walk.stages[0].node]
-        for t in range(plan.steps):
-            with torch.inference_mode():
-                y, taken = scanner.advance(t, image.read(int(pace[t]), int(pace[t + 1])))
-            row = 0 if walk.output is None else int(plan.made[walk.output.node][t])
-            yield row, y, taken
+        with torch.no_grad():
+            held = _held(program, before, model.device)
+        return scanned(program, walk, plan, held, GivenRows(program.traced.image, image, None), sums)
 
 
 def banded(walk: Pass, plan: Schedule, band: Rows) -> tuple[Pass, Schedule]:
@@ -115,14 +106,13 @@ def banded(walk: Pass, plan: Schedule, band: Rows) -> tuple[Pass, Schedule]:
 
 def _needed(walk: Pass, band: Rows) -> dict[fx.Node, Rows]:
     """The rows of every stage that a band's own rows and sums depend on; stages without any are left out."""
-    image = walk.stages[0]
-    ends = {image.node, *(one.source for one in walk.statistics)}
+    ends = {walk.stages[0].node, *(one.source for one in walk.statistics)}
     if walk.output is not None:
         ends.add(walk.output.node)
     needed: dict[fx.Node, Rows] = {}
     for stage in reversed(walk.stages):
         if stage.node in ends:
-            _widen(needed, stage.node, _share(stage, band, image.size))
+            _widen(needed, stage.node, _share(stage, band, walk.height))
         if stage.node in needed:
             read = stage.span(*needed[stage.node]).read if stage.rows else needed[stage.node]
             for source in stage.inputs:

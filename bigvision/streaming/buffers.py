@@ -27,13 +27,15 @@ from bigvision.streaming.statistics import Sums
 class WindowBuffer:
     """Consecutive rows in one block of memory, channels last, so that any run of rows is a view."""
 
-    def __init__(self, stage: Stage, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, stage: Stage, capacity: int, first: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         shape = list(result_shape(stage.node))
         shape[stage.axis] = capacity
         layout = torch.channels_last if len(shape) == 4 and stage.axis == -2 else torch.contiguous_format
         self.data = torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
         self.axis, self.capacity = stage.axis, capacity
-        self.base = self.stop = 0  # the image's row at the front, and the one behind the last
+        self.base = self.stop = first  # the image's row at the front, and the one behind the last
 
     def reserve(self, keep: int, rows: int) -> Tensor:
         """Room for the next `rows` rows; rows before `keep` may be given up."""
@@ -80,9 +82,11 @@ class DelayLine:
 class Line:
     """One stage's rows: the fresh ones of this step, and what is kept of older ones."""
 
-    def __init__(self, stage: Stage, plan: LinePlan, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, stage: Stage, plan: LinePlan, first: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.plan = plan
-        self.window = WindowBuffer(stage, plan.capacity, dtype, device) if plan.capacity else None
+        self.window = WindowBuffer(stage, plan.capacity, first, dtype, device) if plan.capacity else None
         self.delay = DelayLine(stage.axis) if plan.delayed else None
         self.fresh: Any = None
         self.fresh_first = 0
@@ -110,7 +114,10 @@ class Scanner:
         self.walk, self.plan, self.held, self.rows = walk, plan, held, rows
         self.like = torch.empty(0, dtype=dtype, device=device)
         plans = plan_lines(walk, plan)
-        self.lines = {stage.node: Line(stage, plans[stage.node], dtype, device) for stage in walk.stages}
+        self.lines = {
+            stage.node: Line(stage, plans[stage.node], int(plan.made[stage.node][0]), dtype, device)
+            for stage in walk.stages
+        }
         windows = (line.window for line in self.lines.values() if line.window is not None)
         self.overwritten = frozenset(window.data.untyped_storage().data_ptr() for window in windows)
 

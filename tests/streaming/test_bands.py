@@ -45,7 +45,7 @@ def whole(model: nn.Module, image: Tensor, stride: int) -> Tensor:
     return y["out"] if isinstance(y, dict) else y
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     height=st.integers(9, 60),
