@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,12 +17,15 @@ from torch import nn
 from bigvision.jobs.process import Options, run_scene
 from bigvision.jobs.process.allocation import peak_bytes
 from bigvision.jobs.process.engine import Piece
+from bigvision.jobs.process.finishing import finish
 from bigvision.jobs.process.folding import fold_batch_norms
+from bigvision.jobs.process.ledger import open_ledger
 from bigvision.jobs.process.network import Network
 from bigvision.jobs.process.options import parse_bytes
 from bigvision.jobs.process.precision import agreement_of
 from bigvision.jobs.process.results import ResultKind
 from bigvision.jobs.process.strips import strips
+from tiling import create_zarr, open_raster
 
 NETWORKS = Path(__file__).with_name("process_networks.py")
 
@@ -120,6 +124,23 @@ class TestResults:
         )
         colors = ResultKind("classes", 8, 0.5).colormap
         assert colors is not None and len(set(colors.values())) == 8
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".zarr"])
+def test_overviews_of_classes_hold_classes_beyond_a_colour_table_too(tmp_path: Path, suffix: str) -> None:
+    target = tmp_path / f"scene{suffix}"
+    pixels = np.random.default_rng(0).choice(np.array([3, 900], np.uint16), (1, 700, 600))
+    with open_ledger(target) as ledger:
+        writer = create_zarr(target, pixels.shape, "uint16", nodata=65535.0, staging=ledger.pixels)
+        for tile in writer.grid():
+            writer.write(pixels[:, *tile.core.toslices()], tile.core)
+        finish(ledger, writer, target, {}, lambda done: None)
+    if suffix == ".tif":
+        with rasterio.open(target, overview_level=0) as file:
+            coarse = file.read()
+    else:
+        coarse = open_raster(target / "1").read()
+    assert coarse.shape[1] <= 350 and set(np.unique(coarse)) == {3, 900}
 
 
 def test_agreement_counts_valid_pixels_of_one_class() -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from bigvision.jobs.process.ledger import Ledger
 from tiling import ZarrWriter, to_cog
 from tiling.publish import discard
@@ -16,9 +18,19 @@ def finish(
     """Complete the result and give it its name at once; what was begun by an interrupted run is made anew."""
     for begun in ledger.folder.glob(f"*{ledger.draft.name}*"):
         discard(begun)
-    if target.suffix == ".zarr":
-        writer.publish(tags=tags, progress=lambda done, total: progress(done / total))
-        return
     kept = writer.profile
-    to_cog(writer.raster(), ledger.draft, colormap=kept.colormap, tags=tags, threads=2, progress=progress)
+    # Classes, of which no mean exists, are the results of whole numbers; beyond 255 they have no colour table.
+    coarser = "mode" if np.issubdtype(kept.dtype, np.integer) else "average"
+    if target.suffix == ".zarr":
+        writer.publish(pyramid=coarser, tags=tags, progress=lambda done, total: progress(done / total))
+        return
+    to_cog(
+        writer.raster(),
+        ledger.draft,
+        colormap=kept.colormap,
+        tags=tags,
+        overviews=coarser,
+        threads=2,
+        progress=progress,
+    )
     ledger.draft.replace(target)
