@@ -1,8 +1,10 @@
 """What the user sees: a progress bar while scenes are processed, and a table at the end."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from time import monotonic
 
 from rich.console import Console
 from rich.progress import (
@@ -49,23 +51,7 @@ class Bar(Watcher):
 
     def planned(self, scene: str, plan: Plan, pixels: int, left: int) -> None:
         """Say how the scene is cut, and set the bar to what is left."""
-        agreement = (
-            ""
-            if plan.agreement is None
-            else f" ({plan.agreement:.2%} of the classes are the same in bfloat16)"
-        )
-        cut = f"tiles of {plan.tile} px" if plan.engine == "tiles" else f"streamed bands of {plan.tile} rows"
-        if plan.phases is None:
-            cut += f" with a halo of {plan.halo} px"
-        elif plan.phases:
-            cut += f", read {1 + plan.phases} times for the scene's statistics"
-        resumed = "" if left == pixels else f"; {1 - left / pixels:.0%} was finished before"
-        self.console.print(
-            f"{scene}: {plan.exactness}, {plan.dtype}{agreement}, {cut}, "
-            f"about {plan.predicted_bytes / 2**30:.1f} GiB{resumed}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        self.console.print(_cut(scene, plan, pixels, left), highlight=False, soft_wrap=True)
         self.progress.reset(self.task, total=max(left, 1), description=Path(scene).name)
 
     def stage(self, text: str, pixels: int) -> None:
@@ -81,9 +67,61 @@ class Bar(Watcher):
         self.progress.update(self.task, description=f"writing {fraction:.0%}")
 
 
+class Lines(Watcher):
+    """The same for a log: a line when work begins, and one whenever another tenth of it is done."""
+
+    def __init__(self, console: Console, watch: MemoryWatch, clock: Callable[[], float] = monotonic) -> None:
+        self.console, self.watch, self.clock = console, watch, clock
+        self.name, self.left, self.done, self.begun = "", 0, 0.0, 0.0
+
+    def planned(self, scene: str, plan: Plan, pixels: int, left: int) -> None:
+        """Say how the scene is cut."""
+        self._say(_cut(scene, plan, pixels, left))
+        self.stage(Path(scene).name, left)
+
+    def stage(self, text: str, pixels: int) -> None:
+        """Count what is next from nothing."""
+        self.name, self.left, self.done, self.begun = text, max(pixels, 1), 0.0, self.clock()
+
+    def computed(self, pixels: float) -> None:
+        """A line for each tenth."""
+        tenths = int(10 * self.done / self.left)
+        self.done += pixels
+        if int(10 * self.done / self.left) > tenths:
+            seconds = max(self.clock() - self.begun, 1e-9)
+            remaining = timedelta(seconds=round(seconds * (self.left - self.done) / self.done))
+            self._say(
+                f"{self.name}: {self.done / self.left:.0%}, {self.done / seconds / 1e6:.2f} Mpx/s, "
+                f"{remaining} left, {self.watch.now / 2**30:.2f} GiB"
+            )
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def _cut(scene: str, plan: Plan, pixels: int, left: int) -> str:
+    """How a scene is cut, in one line."""
+    same = ""
+    if plan.agreement is not None:
+        same = f" ({plan.agreement:.2%} of the classes are the same in bfloat16)"
+    cut = f"tiles of {plan.tile} px" if plan.engine == "tiles" else f"streamed bands of {plan.tile} rows"
+    if plan.phases is None:
+        cut += f" with a halo of {plan.halo} px"
+    elif plan.phases:
+        cut += f", read {1 + plan.phases} times for the scene's statistics"
+    resumed = "" if left == pixels else f"; {1 - left / pixels:.0%} was finished before"
+    return (
+        f"{scene}: {plan.exactness}, {plan.dtype}{same}, {cut}, "
+        f"about {plan.predicted_bytes / 2**30:.1f} GiB{resumed}"
+    )
+
+
 @contextmanager
 def show_progress(console: Console, watch: MemoryWatch) -> Iterator[Watcher]:
-    """A bar with speed, time left and memory."""
+    """A bar with speed, time left and memory; lines of them where nobody watches a terminal."""
+    if not console.is_terminal:
+        yield Lines(console, watch)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -19,7 +19,7 @@ def finish(
     for begun in ledger.folder.glob(f"*{ledger.draft.name}*"):
         discard(begun)
     kept = writer.profile
-    # Classes, of which no mean exists, are the results of whole numbers; beyond 255 they have no colour table.
+    # Results of whole numbers are classes, of which there is no mean; beyond 255 they have no colour table.
     coarser = "mode" if np.issubdtype(kept.dtype, np.integer) else "average"
     if target.suffix == ".zarr":
         writer.publish(pyramid=coarser, tags=tags, progress=lambda done, total: progress(done / total))
