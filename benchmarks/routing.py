@@ -29,7 +29,6 @@ from bigvision.routing.scene import CHEAP, FULL, SceneRouter
 from bigvision.routing.temporal import TemporalRouter, changed_pixels
 from tiling import open_raster
 
-REGION = 512
 CHANNELS, CELLS = 256, 256  # of the routed block
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Timer = Callable[[], float]
@@ -118,6 +117,7 @@ def compute(router: SceneRouter, mask: NDArray[np.bool_], clock: Timer) -> float
 
 def scene_curve(
     side: int,
+    region: int,
     dtype: torch.dtype,
     max_side: int,
     clock: Timer,
@@ -126,11 +126,11 @@ def scene_curve(
 ) -> None:
     """All-full against routed scenes, end to end from pixels in memory."""
     cheap, full = networks(dtype)
-    spec = RouteSpec("benchmark", region=REGION)
+    spec = RouteSpec("benchmark", region=region)
     router = SceneRouter(Noise(side), cheap, full, spec, max_pixels=max_side**2, dtype=dtype)
     router.trace()
     rows, cols = router.grid
-    print(f"\nScene of {side} x {side}, regions of {REGION}, {dtype}, rectangles of at most {max_side} px")
+    print(f"\nScene of {side} x {side}, regions of {region}, {dtype}, rectangles of at most {max_side} px")
     router.compute(FULL, router.rectangles(np.ones((rows, cols), bool), FULL)[0], nothing)  # warms up
     dense = all_full(router, clock)
     print(f"all full: {dense:.1f} s, {side * side / dense / 1e6:.2f} Mpx/s", flush=True)
@@ -252,6 +252,7 @@ def main() -> None:
     )
     parser.add_argument("--full-size", action="store_true", help="25 %% of a scene of 8192 x 8192, too")
     parser.add_argument("--side", type=int, default=4096, help="of the curve's scene")
+    parser.add_argument("--region", type=int, default=512, help="side of a region")
     parser.add_argument("--max-side", type=int, default=2048, help="of a rectangle computed at once")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--clock", default="wall", choices=tuple(CLOCKS))
@@ -271,9 +272,9 @@ def main() -> None:
     if args.only in (None, "block"):
         routed_block(dtype, clock)
     if args.only in (None, "scene"):
-        scene_curve(args.side, dtype, args.max_side, clock, args.shares, (compact, scattered))
+        scene_curve(args.side, args.region, dtype, args.max_side, clock, args.shares, (compact, scattered))
     if args.full_size:
-        scene_curve(8192, dtype, args.max_side, clock, (0.25,), (compact,))
+        scene_curve(8192, 512, dtype, args.max_side, clock, (0.25,), (compact,))
     if args.only in (None, "revisits") and naip.is_dir():
         revisits(naip, clock)
 

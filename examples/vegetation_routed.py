@@ -1,8 +1,8 @@
-"""Vegetation from colour at half the compute: a cheap network, and the full one where a gate wants it.
+"""Vegetation from colour at half the compute: a narrow network, and the full one where a gate wants it.
 
-Photographs, labels and the full network are those of `vegetation.py`; cheap network, full network and gate
-are trained together by `bigvision train --route`, and the newest photograph is processed three times: by the
-cheap network alone, by the full one alone, and routed.
+Photographs, labels and full network are those of `vegetation.py`; the cheap network is the same with fewer
+channels. Both and a gate are trained together by `bigvision train --route`, and the newest photograph is
+processed by each network alone, routed by the learned gate, and routed by the cheap network's entropy.
 
     python examples/vegetation_routed.py routed/ ../shared/data/rasters/naip/*.tif
 """
@@ -17,20 +17,19 @@ from vegetation import COLOURS, MODEL, Training, by_date, compare, statistics, w
 from bigvision.jobs.process import Options, run_scene
 from bigvision.jobs.process.route_forecast import forecast_route
 from bigvision.jobs.train_raster import TrainOptions, train
+from bigvision.routing.route_file import RouteSpec, load_route, write_route
 
-CHEAP = f"{Path(__file__).with_name('vegetation_network.py')}:texture?width=8"  # a quarter of the channels
-REGION, BUDGET = 32, 0.33
+CHEAP = f"{Path(__file__).with_name('vegetation_network.py')}:texture?width=12"
+REGION, BUDGET = 32, 0.25  # chosen with 2018 as the newest date
 
 
 @dataclass(frozen=True)
 class Routed:
-    """IoU of the three results on the newest date; share: FLOPs of the routed one over the full one's."""
+    """IoU on the newest date by way of computing it; share: FLOPs of a routed one over the full one's."""
 
-    cheap: float
-    routed: float
-    full: float
+    iou: dict[str, float]
     share: float
-    summary: str
+    summary: dict[str, str]
 
 
 def routed_vegetation(scenes: Sequence[Path], out: Path, training: Training | None = None) -> Routed:
@@ -39,30 +38,31 @@ def routed_vegetation(scenes: Sequence[Path], out: Path, training: Training | No
     settings = training or Training()
     out.mkdir(parents=True, exist_ok=True)
     (out / "pairs.csv").write_text("scene,labels\n" + "".join(write_pair(scene, out) for scene in older))
-    route = out / "ROUTE.toml"
-    route.write_text(
-        f'region = {REGION}\ngate = "learned"\nbudget = {BUDGET}\n\n[cheap]\nmodel = "{CHEAP}"\n'
+    write_route(
+        RouteSpec(CHEAP, region=REGION, gate="learned", budget=BUDGET), out / "ROUTE.toml", folder=out
     )
-    run = train(out / "pairs.csv", out / "run", options(settings, route)).folder
+    run = train(out / "pairs.csv", out / "run", options(settings, out / "ROUTE.toml")).folder
     mean, std = statistics(newest)
     full = Options(
         MODEL, weights=run / "weights.safetensors", bands=COLOURS, mean=mean, std=std, dtype="float32",
         overwrite=True,
     )  # fmt: skip
-    both = replace(full, route=run / "ROUTE.toml")
+    learned = load_route(run / "ROUTE.toml")
+    write_route(replace(learned, gate="entropy", gate_weights=None), run / "ENTROPY.toml", folder=run)
     jobs = {
-        "cheap": replace(full, model=CHEAP, weights=run / "cheap.safetensors"),
+        "cheap": replace(full, model=CHEAP, weights=learned.weights),
         "full": full,
-        "routed": both,
+        "learned": replace(full, route=run / "ROUTE.toml"),
+        "entropy": replace(full, route=run / "ENTROPY.toml"),
     }
-    found, summary = {}, ""
+    found, summary = {}, {}
     for name, job in jobs.items():
         target = out / name / newest.name
         target.parent.mkdir(exist_ok=True)
-        summary = run_scene((str(newest),), target, job).routed
+        summary[name] = run_scene((str(newest),), target, job).routed
         found[name] = compare(newest, target, out / f"{name}.png").iou
-    share = max(plan.share for plan in forecast_route(str(newest), both))
-    return Routed(found["cheap"], found["routed"], found["full"], share, summary)
+    share = max(plan.share for plan in forecast_route(str(newest), jobs["learned"]))
+    return Routed(found, share, summary)
 
 
 def options(settings: Training, route: Path) -> TrainOptions:
@@ -90,5 +90,6 @@ if __name__ == "__main__":
     parser.add_argument("scenes", type=Path, nargs="+", help="four-band GeoTIFFs with dates in their names")
     given = parser.parse_args()
     result = routed_vegetation(given.scenes, given.out)
-    print(f"IoU: cheap alone {result.cheap:.4f}, full alone {result.full:.4f}, routed {result.routed:.4f}")
-    print(f"at most {result.share:.0%} of the full network's FLOPs\n{result.summary}")
+    for name, iou in result.iou.items():
+        print(f"{name:8s} IoU {iou:.4f}  {result.summary[name]}")
+    print(f"routed: at most {result.share:.0%} of the full network's FLOPs")

@@ -50,6 +50,7 @@ class Cascade(nn.Module):
         cheap, full: [N, C, s, s] -> [N, K, s, s].
         channels: C.
         region: side of a region in pixels.
+        budget: share of the regions that the full network may take, 0..1.
 
     Attributes:
         cost: float32 [2], measured seconds of each choice for a region: the cheap network's, and (as that
@@ -58,14 +59,28 @@ class Cascade(nn.Module):
 
     cost: Tensor
 
-    def __init__(self, cheap: nn.Module, full: nn.Module, channels: int, region: int) -> None:
+    def __init__(
+        self, cheap: nn.Module, full: nn.Module, channels: int, region: int, budget: float
+    ) -> None:
         super().__init__()
         self.cheap, self.full, self.channels, self.region = cheap, full, channels, region
         # Doubts and colours differ in how far they spread: in units of their own, one learning rate fits all.
-        self.standard = nn.BatchNorm1d(feature_count(channels), affine=False)
+        # Moments are the means of all steps so far, right from the first.
+        self.standard = nn.BatchNorm1d(feature_count(channels), affine=False, momentum=None)
         self.scorer = LinearScorer(feature_count(channels), 2, bias=True)
-        nn.init.zeros_(self.scorer.weight)  # at first each region is as likely to go either way
+        self.begin_at(budget)
         self.register_buffer("cost", torch.ones(2))
+
+    @torch.no_grad()
+    def begin_at(self, budget: float) -> None:
+        """No opinion yet: every region goes to the full network with the budget's probability.
+
+        Began elsewhere, the budget loss would be all that the gate learns from at first.
+        """
+        assert self.scorer.bias is not None
+        share = min(max(budget, 0.01), 0.99)
+        self.scorer.weight.zero_()
+        self.scorer.bias.copy_(torch.tensor([1 - share, share]).log())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the cheap and of the full network, [N, K, s, s] each, of x [N, C, s, s]."""

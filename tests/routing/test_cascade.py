@@ -23,7 +23,7 @@ REGION, IGNORE = 8, 255
 
 def cascade(seed: int = 0) -> Cascade:
     torch.manual_seed(seed)
-    found = Cascade(convolutions(2, 3), convolutions(2, 3), 2, REGION).eval()
+    found = Cascade(convolutions(2, 3), convolutions(2, 3), 2, REGION, 0.25).eval()
     torch.nn.init.normal_(found.scorer.weight)
     torch.nn.init.normal_(found.standard.running_mean)
     torch.nn.init.uniform_(found.standard.running_var, 0.1, 2.0)
@@ -115,7 +115,7 @@ class Given(torch.nn.Module):
 def test_the_gate_learns_where_the_full_network_is_better_and_keeps_the_budget() -> None:
     """The full network is right; the cheap one is wrong where the first band is bright."""
     torch.manual_seed(0)
-    model = Cascade(Given(1), Given(4), 7, REGION)
+    model = Cascade(Given(1), Given(4), 7, REGION, 0.25)
     model.cost.copy_(torch.tensor([1.0, 11.0]))
     bright = (torch.rand(4, 4, 4) < 0.25).float()
     mean = (bright * 2 - 0.5).repeat_interleave(REGION, 1).repeat_interleave(REGION, 2)[:, None]

@@ -51,7 +51,7 @@ class RoutedNetworks:
             raise ValueError(
                 f"the cheap network {self.spec.model} has {classes} classes, {options.model} {self.classes}"
             )
-        self.model = Cascade(cheap, full, channels, self.spec.region)
+        self.model = Cascade(cheap, full, channels, self.spec.region, self.spec.budget)
         self._route = route
 
     @property
