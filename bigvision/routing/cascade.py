@@ -59,9 +59,7 @@ class Cascade(nn.Module):
 
     cost: Tensor
 
-    def __init__(
-        self, cheap: nn.Module, full: nn.Module, channels: int, region: int, budget: float
-    ) -> None:
+    def __init__(self, cheap: nn.Module, full: nn.Module, channels: int, region: int, budget: float) -> None:
         super().__init__()
         self.cheap, self.full, self.channels, self.region = cheap, full, channels, region
         # Doubts and colours differ in how far they spread: in units of their own, one learning rate fits all.
