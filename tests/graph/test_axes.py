@@ -123,4 +123,4 @@ def test_maps_by_hand(model: nn.Module, first: list[int], last: list[int]) -> No
 )
 def test_operators_without_a_rule_are_named(function: object, message: str) -> None:
     with pytest.raises(UnsupportedOperatorError, match=message):
-        flows(trace(Function(function), (2, 8, 8)))
+        flows(trace(Function(function), (2, 9, 9)))

@@ -33,7 +33,13 @@ def test_streamed_equals_whole(name: str) -> None:
 )
 def test_attention_over_pixels_is_refused_by_its_module(name: str) -> None:
     with pytest.raises(UnsupportedOperatorError, match=r"at decoder\.\S+ can't be computed row by row"):
-        StreamedModel(NETWORKS[name](), (3, 101, 75))
+        StreamedModel(NETWORKS[name](), (3, 301, 75))
+
+
+def test_attention_over_a_few_pixels_is_gathered() -> None:
+    torch.manual_seed(0)
+    error, _ = model_error(NETWORKS["MAnet-resnet18"](), (3, 101, 75), rows=24)
+    assert error < 1e-10
 
 
 class Rolls(nn.Module):
