@@ -4,7 +4,6 @@
     python benchmarks/heads.py --peer FOLDER   and the partial_fc_v2.py of InsightFace in that folder
     python benchmarks/heads.py --large         10 000 000 classes: exact and sampled steps, and bare GEMMs
     python benchmarks/heads.py --mmap FOLDER   29 000 000 classes in files there (30 GB), sampled
-    python benchmarks/heads.py --learning      100 000 classes: what exact, sampled and clustered steps learn
 
 Every row is its own set of processes, so that peaks don't mix. Times are medians; the GEMM time is measured
 in the same processes on the same centres: the four products of a step (8*B*C*D operations), nothing around
@@ -36,8 +35,7 @@ from torch import Tensor, nn
 # Run as a script, this file's folder comes first on the path and the file would hide the package.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).parent.resolve()]
 
-from heads import SGD, Margin, RowwiseAdagrad, ShardedMarginHead, clustered, sampled  # noqa: E402
-from heads.gates import GateInput, GateSpec  # noqa: E402
+from heads import SGD, Margin, RowwiseAdagrad, ShardedMarginHead, sampled  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -196,28 +194,7 @@ def worker(rank: int, case: Case, folder: str) -> None:
     head = our_head(case) if case.kind == "ours" else None
     result: dict[str, Any] = {"start": time.perf_counter() - started}
     step = our_step(head) if head else {"plain": plain_step, "peer": peer_step}[case.kind](case)
-    generator = torch.Generator().manual_seed(rank)
-    times, busy = [], []
-    for number in range(case.steps + (not case.warm)):
-        x = torch.randn(case.batch, case.dim, generator=generator).requires_grad_()
-        y = torch.randint(0, case.classes, (case.batch,), generator=generator)
-        dist.barrier()
-        started, worked = time.perf_counter(), time.process_time()
-        result["loss"] = step(x, y)
-        busy.append(time.process_time() - worked)
-        dist.barrier()
-        times.append(time.perf_counter() - started)
-        if rank == 0:
-            print(
-                f"  {case.name}: step {number} {times[-1]:.2f} s, cpu {busy[-1]:.2f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-    result |= {
-        "first": times[0],
-        "step": statistics.median(times[not case.warm :]),
-        "cpu": statistics.median(busy[not case.warm :]),
-    }
+    result |= timed_steps(case, rank, step)
     if case.gemms and head is not None:
         dist.barrier()
         worked = time.process_time()
@@ -227,6 +204,26 @@ def worker(rank: int, case: Case, folder: str) -> None:
     result["above"] = result["peak"] - imports
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
+
+
+def timed_steps(case: Case, rank: int, step: Callable[[Tensor, Tensor], float]) -> dict[str, float]:
+    """Medians over the steps, without the first one where it is the one that compiles."""
+    generator = torch.Generator().manual_seed(rank)
+    times, busy, loss = [], [], 0.0
+    for number in range(case.steps + (not case.warm)):
+        x = torch.randn(case.batch, case.dim, generator=generator).requires_grad_()
+        y = torch.randint(0, case.classes, (case.batch,), generator=generator)
+        dist.barrier()
+        started, worked = time.perf_counter(), time.process_time()
+        loss = step(x, y)
+        busy.append(time.process_time() - worked)
+        dist.barrier()
+        times.append(time.perf_counter() - started)
+        if rank == 0:
+            text = f"  {case.name}: step {number} {times[-1]:.2f} s, cpu {busy[-1]:.2f} s"
+            print(text, file=sys.stderr, flush=True)
+    timed = slice(not case.warm, None)
+    return {"loss": loss, "step": statistics.median(times[timed]), "cpu": statistics.median(busy[timed])}
 
 
 def our_step(head: ShardedMarginHead) -> Callable[[Tensor, Tensor], float]:
@@ -320,112 +317,6 @@ def mapped(classes: int, folder: Path, steps: int) -> None:
     )
 
 
-def learning(picture: Path | None, classes: int, steps: int) -> None:
-    """A small network and a head of many classes learn noisy prototypes; the same data and steps for each
-    gate.
-
-    Samples are of 2 000 of the classes, the others are there to be confused with; loss is the full softmax of
-    held out samples, rank-1 their nearest among all centres. It shows that the gates train, not how a face
-    model would.
-    """
-    people, dim, noise = 2000, 64, 0.5
-    prototypes = F.normalize(torch.randn(people, dim, generator=torch.Generator().manual_seed(1)))
-    who = torch.arange(people) * (classes // people)
-
-    def samples(count: int, seed: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        person = torch.randint(0, people, (count,), generator=generator)
-        spread = F.normalize(torch.randn(count, dim, generator=generator))
-        return prototypes[person] + noise * spread, who[person]
-
-    gates = {
-        "exact": None,
-        "sampled 0.1": sampled(0.1),
-        "sampled 0.1, logQ": sampled(0.1, unbiased=True),
-        "clustered": clustered(2000, 1, refresh=max(steps // 3, 1), iterations=2),
-    }
-    curves = {}
-    print(f"{classes:,} classes, {steps} steps of 256 samples")
-    titles = ("cpu s/step", "training loss", "full loss", "rank-1", "classes a step")
-    print(f"{'':20s}" + "".join(f"{title:>16s}" for title in titles))
-    for name, gate in gates.items():
-        curves[name] = _learn(name, gate, samples, classes, dim, steps)
-    if picture is not None:
-        _draw(curves, picture)
-
-
-def _learn(
-    name: str,
-    gate: GateSpec | None,
-    samples: Callable[[int, int], tuple[Tensor, Tensor]],
-    classes: int,
-    dim: int,
-    steps: int,
-) -> list[tuple[int, float]]:
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(dim, 256), nn.PReLU(), nn.Linear(256, dim))
-    head = ShardedMarginHead(
-        classes,
-        dim,
-        Margin(1.0, 0.2, 0.0),
-        32.0,
-        active=gate,
-        storage="bfloat16",
-        optimizer=RowwiseAdagrad(0.1),
-        init_std=0.1,
-        compiled=True,
-    )
-    optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
-    held, held_labels = samples(1000, 10**6)
-    curve, busy, share = [], 0.0, 0.0
-    for step in range(steps):
-        x, y = samples(256, step)
-        started = time.process_time()
-        optimizer.zero_grad()
-        loss = head(network(x), y)
-        loss.backward()
-        optimizer.step()
-        busy += (time.process_time() - started) * (step >= 5)  # the first ones compile
-        if step % max(steps // 10, 1) == 0 or step == steps - 1:
-            with torch.no_grad():
-                curve.append((step + 1, float(head.eval()(network(held), held_labels))))
-            head.train()
-    with torch.no_grad():
-        unit = F.normalize(network(held))
-        centres = F.normalize(head.full_centers().float())
-        nearest = torch.cat([(part @ centres.t()).argmax(1) for part in unit.split(64)])
-        share = active_share(head, F.normalize(network(x)), y)
-    rank_1 = float((nearest == held_labels).float().mean())
-    print(
-        f"{name:20s}{busy / max(steps - 5, 1):16.3f}{float(loss.detach()):16.3f}{curve[-1][1]:16.3f}"
-        f"{rank_1:16.3f}{share:16.1%}",
-        flush=True,
-    )
-    return curve
-
-
-def active_share(head: ShardedMarginHead, unit: Tensor, labels: Tensor) -> float:
-    """The share of the classes that the gate opens for a batch."""
-    if head.gate is None:
-        return 1.0
-    rows = head.gate.select(GateInput(unit, labels, head.shard.own_rows(labels), head.step)).rows
-    return 1.0 if rows is None else len(rows) / head.num_classes
-
-
-def _draw(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for name, curve in curves.items():
-        axes.plot(*zip(*curve, strict=True), label=name)
-    axes.set(xlabel="step", ylabel="full softmax loss of held-out samples", yscale="log")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -433,21 +324,15 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, help="folder with InsightFace's partial_fc_v2.py")
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--mmap", type=Path, metavar="FOLDER")
-    parser.add_argument("--learning", action="store_true")
-    parser.add_argument("--picture", type=Path, help="where --learning draws its curves (PNG)")
     parser.add_argument("--classes", type=int, help="instead of 10 or 29 million")
-    parser.add_argument(
-        "--steps", type=int, help="timed steps of --large and --mmap (2); of --learning (150)"
-    )
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of --large and --mmap (2)")
     options = parser.parse_args()
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", flush=True)
     if options.large:
-        large(options.classes or 10_000_000, options.steps or 2)
+        large(options.classes or 10_000_000, options.steps)
     elif options.mmap:
-        mapped(options.classes or 29_000_000, options.mmap, options.steps or 2)
-    elif options.learning:
-        learning(options.picture, options.classes or 100_000, options.steps or 150)
+        mapped(options.classes or 29_000_000, options.mmap, options.steps)
     else:
         compare(options.peer)
 

@@ -101,10 +101,13 @@ def select(gate: ActiveGate | None, given: GateInput) -> ActiveRows:
     if gate is None:
         return ActiveRows()
     active = gate.select(given)
-    own = given.own_rows[given.own_rows >= 0]
-    if active.rows is not None and not torch.isin(own, active.rows).all():
-        missing = own[~torch.isin(own, active.rows)][0]
-        raise RuntimeError(f"the gate left out row {int(missing)}, the class of a sample of the batch")
+    if active.rows is not None:
+        own = given.own_rows[given.own_rows >= 0]
+        # Rows are sorted: those up to each own class are one more than those before it, if it is there.
+        up_to = torch.searchsorted(active.rows, own, right=True)
+        missing = own[up_to == torch.searchsorted(active.rows, own)]
+        if len(missing):
+            raise RuntimeError(f"the gate left out row {int(missing[0])}, the class of a sample of the batch")
     return active
 
 

@@ -147,3 +147,16 @@ def test_hash_codes_follow_the_centres() -> None:
 def test_impossible_gates_are_refused(make_gate: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match=r"\d|frozen"):
         make_gate()
+
+
+def test_a_gate_that_leaves_out_a_class_of_the_batch_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = make(sampled(0.5))
+    x, y = batch()
+    monkeypatch.setattr(gating, "threshold", lambda scores, *_, **__: torch.zeros_like(scores, dtype=bool))
+    with pytest.raises(RuntimeError, match=rf"left out row {int(y[0])}, the class of a sample"):
+        head(x, y)
+    lacking = torch.ones(1, C, dtype=torch.bool)
+    lacking[0, y[-1]] = False
+    monkeypatch.setattr(gating, "threshold", lambda *_, **__: lacking)
+    with pytest.raises(RuntimeError, match=rf"left out row {int(y[-1])},"):
+        head(x, y)
