@@ -17,7 +17,7 @@ from bigvision.graph.geometry import trace_padded
 from bigvision.graph.layout import UnsupportedOperatorError
 from bigvision.graph.trace import TracedGraph, UntraceableError
 from bigvision.jobs.process.geometry import analyse
-from bigvision.jobs.process.network import Network, load_network, network_spec
+from bigvision.jobs.process.network import Network, load_network, network_for, network_spec
 from bigvision.jobs.process.options import Options
 from bigvision.jobs.process.planning import Plan, plan_scene
 from bigvision.jobs.process.precision import choose_precision
@@ -118,7 +118,7 @@ class _Planner:
         self.scene = open_scene([name], options)
         self.shape = self.scene.shape
         self.spec = network_spec(options, self.shape[0])
-        self.network: Network = load_network(self.spec)
+        self.network: Network = network_for(self.scene.raster.name, self.spec)
         self.kind = ResultKind(options.output, self.network.classes, options.threshold)
         self.analysis = analyse(self.network.module, self.shape)
         self.precision = choose_precision(self.scene, self.spec, options, self.kind, self.analysis.stride)

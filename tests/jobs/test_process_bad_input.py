@@ -79,7 +79,8 @@ class TestScenesThatAreNone:
 class TestScenesThatDoNotFit:
     def test_band_count(self, tmp_path: Path) -> None:
         file = write_scene(tmp_path / "five.tif", random_pixels((5, 20, 20)))
-        assert "takes 3 bands, the scene has 5" in error_of(tmp_path, file)
+        error = error_of(tmp_path, file)
+        assert error.startswith(str(file)) and "takes 3 bands, the scene has 5" in error
         assert process(tmp_path, file, bands=(1, 3, 5))["status"] == "done"
 
     def test_unknown_band(self, tmp_path: Path) -> None:

@@ -18,6 +18,10 @@ from bigvision.models.spec import first_line, load_model
 _TRIAL = 128  # rows and columns of the image that a network is tried on: the usual strides divide it
 
 
+class BandsError(ValueError):
+    """The network takes another number of bands."""
+
+
 @dataclass(frozen=True)
 class NetworkSpec:
     """What it takes to build the same network in any process."""
@@ -74,6 +78,14 @@ def load_network(spec: NetworkSpec) -> Network:
     return Network(module, classes, dtype, spec.device, state, architecture)
 
 
+def network_for(scene: str, spec: NetworkSpec) -> Network:
+    """`load_network`, whose complaint of a scene's bands names the scene."""
+    try:
+        return load_network(spec)
+    except BandsError as error:
+        raise ValueError(f"{scene}: {error}") from error
+
+
 def network_spec(options: Options, channels: int, dtype: str = "float32") -> NetworkSpec:
     """The network that the options name, for scenes of `channels` bands."""
     device = options.device
@@ -110,7 +122,7 @@ def _try_out(module: nn.Module, name: str, channels: int) -> int:
         output = module(_example(channels))
     except Exception as error:
         if seen and seen[0] != channels:
-            raise ValueError(
+            raise BandsError(
                 f"model {name} takes {seen[0]} bands, the scene has {channels} (--bands chooses)"
             ) from error
         raise ValueError(

@@ -10,7 +10,7 @@ from bigvision.jobs.process.cluster import threads_each
 from bigvision.jobs.process.finishing import finish
 from bigvision.jobs.process.geometry import analyse
 from bigvision.jobs.process.ledger import Ledger, open_ledger
-from bigvision.jobs.process.network import NetworkSpec, load_network, network_spec
+from bigvision.jobs.process.network import NetworkSpec, load_network, network_for, network_spec
 from bigvision.jobs.process.options import Options
 from bigvision.jobs.process.phases import PhasedEngine, PhaseRunner, PhaseStore
 from bigvision.jobs.process.planning import Plan, plan_scene
@@ -79,7 +79,7 @@ def run_scene(
     watcher = watcher or Watcher()
     scene = open_scene(paths, options)
     spec = network_spec(options, scene.shape[0])
-    origin = provenance(paths, options, load_network(spec))
+    origin = provenance(paths, options, network_for(scene.raster.name, spec))
     pixels = scene.shape[1] * scene.shape[2]
     warning = "" if scene.raster.crs is not None else "the scene has no CRS, so the result has none"
     outcome = Outcome(scene.raster.name, str(target), "done", warning=warning, pixels=pixels)
