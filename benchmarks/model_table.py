@@ -33,7 +33,8 @@ Written by `python benchmarks/model_table.py`: each network with random weights 
 the outputs, *backward* that of any parameter's gradient of a cross-entropy, both relative to the whole
 image's.
 *Passes* is how often the scene is read forward: one, and one more for each global statistic that waits for
-another.
+another. MAnet's attention over all pixels of its deepest map is gathered where that has at most 8 rows, as
+here; over more it is refused by name.
 
 | network | forward | passes | backward |
 |---|---|---|---|
