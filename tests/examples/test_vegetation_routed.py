@@ -57,4 +57,5 @@ def test_routing_keeps_the_full_network_s_map_at_half_its_compute(
     scenes = sorted((shared_data / "rasters" / "naip").glob("*.tif"))
     result = example.routed_vegetation(scenes, tmp_path)
     assert result.share <= 0.5
-    assert result.iou["entropy"] >= result.iou["full"] - 0.01
+    for gate in ("learned", "entropy"):  # measured: 0.0067 and 0.0054 below
+        assert result.iou[gate] >= result.iou["full"] - 0.01
