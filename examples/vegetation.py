@@ -42,6 +42,23 @@ class Training:
     dtype: str = "bfloat16"
     seed: int = 0
 
+    def options(self) -> TrainOptions:
+        """The same for `bigvision train`."""
+        return TrainOptions(
+            MODEL,
+            epochs=max(1, self.steps // 50),
+            steps_per_epoch=min(self.steps, 50),
+            crop=self.crop,
+            batch=self.batch,
+            jitter=self.jitter,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            warmup=20,
+            dtype=self.dtype,
+            seed=self.seed,
+            overwrite=True,
+        )
+
 
 @dataclass(frozen=True)
 class Result:
@@ -130,20 +147,7 @@ def vegetation(scenes: Sequence[Path], out: Path, training: Training | None = No
     weights = train(
         out / "pairs.csv",
         out / "run",
-        TrainOptions(
-            MODEL,
-            epochs=max(1, settings.steps // 50),
-            steps_per_epoch=min(settings.steps, 50),
-            crop=settings.crop,
-            batch=settings.batch,
-            jitter=settings.jitter,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            warmup=20,
-            dtype=settings.dtype,
-            seed=settings.seed,
-            overwrite=True,
-        ),
+        settings.options(),
     ).weights
     mean, std = statistics(newest)
     prediction = out / newest.name

@@ -16,7 +16,7 @@ from vegetation import COLOURS, MODEL, Training, by_date, compare, statistics, w
 
 from bigvision.jobs.process import Options, run_scene
 from bigvision.jobs.process.route_forecast import forecast_route
-from bigvision.jobs.train_raster import TrainOptions, train
+from bigvision.jobs.train_raster import train
 from bigvision.routing.route_file import RouteSpec, load_route, write_route
 
 CHEAP = f"{Path(__file__).with_name('vegetation_network.py')}:texture?width=12"
@@ -41,7 +41,7 @@ def routed_vegetation(scenes: Sequence[Path], out: Path, training: Training | No
     write_route(
         RouteSpec(CHEAP, region=REGION, gate="learned", budget=BUDGET), out / "ROUTE.toml", folder=out
     )
-    run = train(out / "pairs.csv", out / "run", options(settings, out / "ROUTE.toml")).folder
+    run = train(out / "pairs.csv", out / "run", replace(settings.options(), route=out / "ROUTE.toml")).folder
     mean, std = statistics(newest)
     full = Options(
         MODEL, weights=run / "weights.safetensors", bands=COLOURS, mean=mean, std=std, dtype="float32",
@@ -63,25 +63,6 @@ def routed_vegetation(scenes: Sequence[Path], out: Path, training: Training | No
         found[name] = compare(newest, target, out / f"{name}.png").iou
     share = max(plan.share for plan in forecast_route(str(newest), jobs["learned"]))
     return Routed(found, share, summary)
-
-
-def options(settings: Training, route: Path) -> TrainOptions:
-    """As `vegetation.py` trains its network, plus the route."""
-    return TrainOptions(
-        MODEL,
-        route=route,
-        epochs=max(1, settings.steps // 50),
-        steps_per_epoch=min(settings.steps, 50),
-        crop=settings.crop,
-        batch=settings.batch,
-        jitter=settings.jitter,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        warmup=20,
-        dtype=settings.dtype,
-        seed=settings.seed,
-        overwrite=True,
-    )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 from bigvision.gating import LinearScorer, budget_loss, normalize
 from bigvision.routing.boxes import Box
@@ -197,8 +198,9 @@ def expected_loss(
     for place, chance in zip(places, chances, strict=True):
         truth = _part(target[:, None], place)
         for y, share in zip(logits, chance, strict=True):
-            part = _scaled(loss.sums(_part(y, place)[None], truth), share)
-            total = part if total is None else _added(total, part)
+            sums = loss.sums(_part(y, place)[None], truth)
+            part = pytree.tree_map(share.mul, sums)
+            total = part if total is None else pytree.tree_map(torch.add, total, part)
     assert total is not None
     return loss.value(total)
 
@@ -207,14 +209,3 @@ def _part(x: Tensor, place: Place) -> Tensor:
     """The window [..., h, w] of one image of x [N, ..., H, W]."""
     image, box = place
     return x[image, ..., box.top : box.bottom, box.left : box.right]
-
-
-def _scaled(sums: Sums, factor: Tensor) -> Sums:
-    return sums * factor if isinstance(sums, Tensor) else tuple(_scaled(one, factor) for one in sums)
-
-
-def _added(one: Sums, other: Sums) -> Sums:
-    if isinstance(one, Tensor):
-        assert isinstance(other, Tensor)
-        return one + other
-    return tuple(_added(a, b) for a, b in zip(one, other, strict=True))

@@ -23,7 +23,7 @@ from bigvision.streaming.program import Pass, Program, Stage
 from bigvision.streaming.row_store import GivenRows
 from bigvision.streaming.scan import StepResult
 from bigvision.streaming.schedule import Schedule, schedule
-from bigvision.streaming.source import ImageRows, RowSource
+from bigvision.streaming.source import RowSource
 from bigvision.streaming.statistics import Sums
 
 Rows = tuple[int, int]
@@ -82,10 +82,11 @@ class BandedStream:
         """The steps of a pass over a band; its statistics are added up in `sums`."""
         model, program = self.model, self.model.program
         walk, plan = banded(program.passes[index], schedule(program.passes[index], model.rows), band)
-        image = ImageRows(self.source, model.shape, program.traced.shape[1:], model.dtype, model.device)
         with torch.no_grad():
             held = _held(program, before, model.device)
-        return scanned(program, walk, plan, held, GivenRows(program.traced.image, image, None), sums)
+        return scanned(
+            program, walk, plan, held, GivenRows(program.traced.image, model.image(self.source)), sums
+        )
 
 
 def banded(walk: Pass, plan: Schedule, band: Rows) -> tuple[Pass, Schedule]:

@@ -90,7 +90,7 @@ class StreamedModel:
 
     def stream(self, source: RowSource) -> Iterator[tuple[int, Tensor]]:
         """Yield (row, y): y [1, K, h, w] holds rows row .. row + h of the whole image's output, in order."""
-        image = self._padded(source)
+        image = self.image(source)
         folder = None if self.budget.scratch is None else self.budget.scratch.folder
         for row, y in forward(self._inference, image, self.rows, folder):
             if self.program.output in self.program.stages:
@@ -113,9 +113,10 @@ class StreamedModel:
         `budget` replaces the model's own.
         """
         budget = budget or self.budget.beside_the_process()
-        return backward(self.program, self._padded(source), target, loss, mask=mask, budget=budget)
+        return backward(self.program, self.image(source), target, loss, mask=mask, budget=budget)
 
-    def _padded(self, source: RowSource) -> ImageRows:
+    def image(self, source: RowSource) -> ImageRows:
+        """A scene as this network's padded image."""
         return ImageRows(source, self.shape, self.program.traced.shape[1:], self.dtype, self.device)
 
     def _cropped(self, row: int, y: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -18,6 +18,7 @@ from train_runs import (
     MODEL,
     WHOLE,
     assert_same_run,
+    interrupted_at,
     quiet,
     weights_of,
     whole_image,
@@ -29,6 +30,7 @@ from bigvision.jobs.train_raster import TrainOptions, train
 from bigvision.jobs.train_raster.curves import read_curve
 from bigvision.jobs.train_raster.losses import build_loss
 from bigvision.jobs.train_raster.scene_steps import SceneSteps
+from bigvision.jobs.train_raster.steps import CropSteps
 from bigvision.models.spec import load_model
 from datasets.scene_files import write_scene
 from datasets.scenes import Scene
@@ -55,25 +57,11 @@ def test_training_learns_and_leaves_what_process_takes(pairs: Path, tmp_path: Pa
     assert "finished already (36 steps)" in said[-1]
 
 
-def test_a_run_stopped_anywhere_ends_like_one_that_was_not(
-    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from bigvision.jobs.train_raster.steps import CropSteps
-
+def test_a_run_stopped_anywhere_ends_like_one_that_was_not(pairs: Path, tmp_path: Path) -> None:
     options = replace(FAST, epochs=3, checkpoint_every=2, warmup=2)
     train(pairs, tmp_path / "whole", options, quiet)
-    original = CropSteps.__call__
     for stop in (1, 5, 8):
-
-        def stopping(self: CropSteps, model: torch.nn.Module, step: int, stop: int = stop) -> object:
-            if step == stop:
-                raise KeyboardInterrupt
-            return original(self, model, step)
-
-        monkeypatch.setattr(CropSteps, "__call__", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            train(pairs, tmp_path / "parts", options, quiet)
-    monkeypatch.setattr(CropSteps, "__call__", original)
+        interrupted_at(CropSteps, stop, lambda: train(pairs, tmp_path / "parts", options, quiet))
     train(pairs, tmp_path / "parts", options, quiet)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -189,22 +177,10 @@ def test_two_ranks_take_a_scene_each_and_average_their_gradients(pairs: Path, tm
     assert_weights(load_file(tmp_path / "two" / "weights.safetensors"), model)
 
 
-def test_whole_scene_runs_resume_and_ask_for_possible_memory(
-    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whole_scene_runs_resume_and_ask_for_possible_memory(pairs: Path, tmp_path: Path) -> None:
     options = replace(WHOLE, epochs=2)
     train(pairs, tmp_path / "whole", options, quiet)
-    original = SceneSteps.__call__
-
-    def stopping(self: SceneSteps, model: torch.nn.Module, step: int) -> object:
-        if step == 3:
-            raise KeyboardInterrupt
-        return original(self, model, step)
-
-    monkeypatch.setattr(SceneSteps, "__call__", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        train(pairs, tmp_path / "parts", options, quiet)
-    monkeypatch.setattr(SceneSteps, "__call__", original)
+    interrupted_at(SceneSteps, 3, lambda: train(pairs, tmp_path / "parts", options, quiet))
     train(pairs, tmp_path / "parts", options, quiet)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     with pytest.raises(

@@ -7,38 +7,25 @@ import numpy as np
 import pytest
 import torch
 from rasterio.windows import Window
+from train_runs import FAST, MODEL, interrupted_at, quiet, write_pairs
 from typer.testing import CliRunner
 
 from bigvision.cli import app
 from bigvision.jobs.process import Options, run_scene
-from bigvision.jobs.train_raster import TrainOptions, train
 from bigvision.jobs.train_raster import routed as routed_module
+from bigvision.jobs.train_raster import train
 from bigvision.jobs.train_raster.curves import read_curve
 from bigvision.jobs.train_raster.steps import CropSteps
 from bigvision.routing.record import load_record
 from bigvision.routing.route_file import load_route
-from datasets.scene_files import write_scene
-from datasets.scenes import Scene
 from tiling import open_raster
 
-FULL = "bigvision.models.small_unet:small_unet?width=4&depth=2"
 CHEAP = "bigvision.models.small_unet:small_unet?width=2&depth=1"
-FAST = TrainOptions(
-    FULL, epochs=2, steps_per_epoch=3, crop=32, batch=2, scale=255, mean=(0.4,), std=(0.2,), lr=0.01
-)
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("scenes")
-    lines = ["scene,labels,split"]
-    for name, seed, split in (("a", 0, "train"), ("c", 2, "val")):
-        scene = Scene(110 + 10 * seed, 99, seed=seed)
-        write_scene(scene, folder / f"{name}.tif")
-        write_scene(scene, folder / f"{name}_classes.tif", labels=True)
-        lines.append(f"{name}.tif,{name}_classes.tif,{split}")
-    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
-    return folder / "pairs.csv"
+    return write_pairs(tmp_path_factory.mktemp("scenes"))
 
 
 @pytest.fixture
@@ -46,10 +33,6 @@ def route(tmp_path: Path) -> Path:
     path = tmp_path / "ROUTE.toml"
     path.write_text(f'region = 16\ngate = "learned"\nbudget = 0.25\n[cheap]\nmodel = "{CHEAP}"\n')
     return path
-
-
-def quiet(text: str) -> None:
-    pass
 
 
 def test_a_trained_route_is_what_process_takes(pairs: Path, route: Path, tmp_path: Path) -> None:
@@ -64,7 +47,7 @@ def test_a_trained_route_is_what_process_takes(pairs: Path, route: Path, tmp_pat
     assert (spec.region, spec.budget, spec.gate, spec.model) == (16, 0.25, "learned", CHEAP)
     scene = str(pairs.parent / "c.tif")
     about = Options(
-        FULL, weights=result.weights, scale=255, mean=(0.4,), std=(0.2,), dtype="float32",
+        MODEL, weights=result.weights, scale=255, mean=(0.4,), std=(0.2,), dtype="float32",
         route=run / "ROUTE.toml", format="zarr",
     )  # fmt: skip
     run_scene((scene,), tmp_path / "c.zarr", about)
@@ -85,18 +68,8 @@ def test_a_routed_run_stopped_anywhere_ends_like_one_that_was_not(
     latency = iter([1e-3, 5e-3, *(7e-3,) * 100])  # another machine load on every start
     monkeypatch.setattr(routed_module, "seconds", lambda function, repeats: next(latency))
     options = replace(FAST, epochs=2, steps_per_epoch=3, checkpoint_every=1, route=route)
-    original = CropSteps.__call__
     for stop in (2, 4):
-
-        def stopping(self: CropSteps, model: torch.nn.Module, step: int, stop: int = stop) -> object:
-            if step == stop:
-                raise KeyboardInterrupt
-            return original(self, model, step)
-
-        monkeypatch.setattr(CropSteps, "__call__", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            train(pairs, tmp_path / "parts", options, quiet)
-    monkeypatch.setattr(CropSteps, "__call__", original)
+        interrupted_at(CropSteps, stop, lambda: train(pairs, tmp_path / "parts", options, quiet))
     train(pairs, tmp_path / "parts", options, quiet)
     latency = iter([1e-3, 5e-3])
     train(pairs, tmp_path / "whole", options, quiet)
@@ -144,7 +117,7 @@ def test_another_route_is_another_run(pairs: Path, route: Path, tmp_path: Path) 
 
 
 def test_the_command_trains_a_route(pairs: Path, route: Path, tmp_path: Path) -> None:
-    words = ["train", "--scenes", str(pairs), "--model", FULL, "--route", str(route)]
+    words = ["train", "--scenes", str(pairs), "--model", MODEL, "--route", str(route)]
     words += ["--out", str(tmp_path / "run"), "--epochs", "1", "--steps-per-epoch", "1", "--crop", "32"]
     found = CliRunner().invoke(app, [*words, "--batch", "1"])
     assert found.exit_code == 0, found.output

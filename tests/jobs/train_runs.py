@@ -1,11 +1,16 @@
 """Small runs of training: labelled scenes in files, options that are quick, and what a run left."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from bigvision.jobs.train_raster import TrainOptions
+from bigvision.jobs.train_raster.scene_steps import SceneSteps
+from bigvision.jobs.train_raster.steps import CropSteps
 from datasets.scene_files import write_scene
 from datasets.scenes import Scene
 
@@ -75,6 +80,21 @@ def whole_image(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     """The model in a run's checkpoint."""
     return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+
+
+def interrupted_at(steps: type[CropSteps] | type[SceneSteps], stop: int, run: Callable[[], object]) -> None:
+    """Run, with Ctrl-C before step `stop` of that kind of training."""
+    original = steps.__call__
+
+    def stopping(self: Any, model: torch.nn.Module, step: int) -> object:
+        if step == stop:
+            raise KeyboardInterrupt
+        return original(self, model, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "__call__", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run()
 
 
 def assert_same_run(one: Path, other: Path) -> None:
