@@ -159,16 +159,20 @@ def our_head(case: Case) -> ShardedMarginHead:
 
 
 def gemm_seconds(head: ShardedMarginHead, batch: int) -> float:
-    """The four products of an exact step over this rank's centres, tile by tile."""
+    """The four products of an exact step over this rank's centres, tile by tile.
+
+    Where the processor only emulates bfloat16 they are float32, of tiles that are widened first.
+    """
     shard = head.shard
-    dtype = shard.dtype
+    dtype = shard.multiply
     u = torch.randn(batch, head.dim).to(dtype)
     z = torch.empty(shard.tile, batch, dtype=dtype)
     d_w = torch.empty(shard.tile, head.dim, dtype=dtype)
     d_u = torch.empty(batch, head.dim, dtype=dtype)
     started = time.perf_counter()
     for low in range(0, len(shard.classes), shard.tile):
-        w = shard.store.load(slice(low, min(low + shard.tile, len(shard.classes))), ("weight",))["weight"]
+        rows = slice(low, min(low + shard.tile, len(shard.classes)))
+        w = shard.store.load(rows, ("weight",))["weight"].to(dtype)
         part = z[: len(w)]
         torch.mm(w, u.t(), out=part)
         torch.mm(w, u.t(), out=part)

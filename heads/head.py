@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bigvision.hardware import has_fast_bfloat16
 from heads.adaptive import AdaptiveMargin
 from heads.collectives import Ranks, gather_batch, together
 from heads.counter import STREAM_ROUNDING
@@ -56,7 +57,8 @@ class ShardedMarginHead(nn.Module):
             and `MagFace`.
         scale: s, the inverse temperature of the cosine logits.
         active: None for the full softmax, or a gate: `sampled(...)`, `clustered(...)`, `hashed(...)`.
-        storage: dtype of the centres and their moments. bfloat16 is rounded stochastically.
+        storage: dtype of the centres and their moments. bfloat16 is rounded stochastically, and multiplied
+            in float32 where the processor only emulates its products.
         optimizer: `SGD`, `RowwiseAdagrad` or `Adam`, fused into backward; or None, and `head.weight`
             [n, D] is an ordinary parameter for any torch optimiser (its gradient is then n x D).
         normalized: False for the plain softmax x.w*scale, which takes no margin.
@@ -338,7 +340,9 @@ def _build_shard(
     else:
         store = MappedRows(wide, shape, dtype, device, Path(place), ranks.rank, ranks.size)
     narrow = {name: torch.zeros(n, dtype=kind or acc, device=device) for name, kind in kinds.items()}
-    shard = Shard(classes, store, dtype, torch.ones(n, dtype=acc, device=device), narrow)
+    emulated = dtype == torch.bfloat16 and not has_fast_bfloat16(device)
+    multiply = torch.float32 if emulated else dtype
+    shard = Shard(classes, store, dtype, multiply, torch.ones(n, dtype=acc, device=device), narrow)
     if isinstance(rule, SGD) and rule.dense:
         shard.history = StepHistory(rule.momentum, rule.weight_decay)
         shard.last_step = torch.zeros(n, dtype=torch.int32, device=device)

@@ -5,7 +5,7 @@ projection) is then a number a row, and the gradient's GEMM reads its left opera
 
 Legend: K classes of a tile, B samples, D dimension. acc is float64 where the centres are float64, else
 float32.
-    z          [K, B]  raw products w.u in the centres' dtype; MASKED where the class is the sample's own
+    z          [K, B]  raw products w.u in the GEMMs' dtype; MASKED where the class is the sample's own
     row_scale  [K]     scale / |w|, acc
     offset     [K]     log-weight of the class minus the shift, acc
 """

@@ -24,7 +24,7 @@ _TINY = 1e-12  # features shorter than this count as if they were this long
 
 @dataclass(frozen=True)
 class Features:
-    """The gathered samples: norms acc [B], unit acc [B, D], and u, the same in the centres' dtype.
+    """The gathered samples: norms acc [B], unit acc [B, D], and u, the same in the GEMMs' dtype.
 
     Without normalisation unit and u are the features themselves.
     """
@@ -63,7 +63,7 @@ def prepare(shard: Shard, x: Tensor) -> Features:
     x = x.to(shard.acc)
     norms = x.norm(dim=1)
     unit = x / norms.clamp_min(_TINY)[:, None] if shard.normalized else x
-    return Features(norms, unit, unit.to(shard.dtype))
+    return Features(norms, unit, unit.to(shard.multiply))
 
 
 def forward_pass(

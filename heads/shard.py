@@ -64,13 +64,15 @@ class Workspace:
 class Shard:
     """A rank's centres with everything the walk needs.
 
-    inverse_norm acc [n] is 1/|w|, kept true as rows move. narrow holds the optimiser's columns [n]. history
-    and last_step (int32 [n]) are there where idle rows follow a dense optimiser.
+    multiply is the dtype that GEMMs run in: float32 for bfloat16 centres where the processor only emulates
+    bfloat16. inverse_norm acc [n] is 1/|w|, kept true as rows move. narrow holds the optimiser's columns [n].
+    history and last_step (int32 [n]) are there where idle rows follow a dense optimiser.
     """
 
     classes: ClassRange
     store: RowStore
     dtype: torch.dtype
+    multiply: torch.dtype
     inverse_norm: Tensor
     narrow: dict[str, Tensor]
     scale: float = 64.0
@@ -151,8 +153,16 @@ def row_scale(shard: Shard, inverse_norm: Tensor) -> Tensor:
     return inverse_norm * shard.scale if shard.normalized else torch.full_like(inverse_norm, shard.scale)
 
 
+def operand(shard: Shard, w: Tensor) -> Tensor:
+    """Centres [K, D] as GEMMs take them; valid until the next tile's."""
+    if w.dtype == shard.multiply:
+        return w
+    wide = w.new_empty(0, dtype=shard.multiply)
+    return shard.workspace.take("w", (len(w), w.shape[1]), wide).copy_(w)
+
+
 def tile_products(shard: Shard, tile: Tile, w: Tensor, u: Tensor) -> Tensor:
-    """w.u of a tile, [K, B] in the centres' dtype, with each sample's own class masked."""
+    """w.u of a tile, [K, B] in the operands' dtype, with each sample's own class masked."""
     z = shard.workspace.take("z", (len(w), len(u)), w)
     torch.mm(w, u.t(), out=z)
     if len(tile.samples):
@@ -185,7 +195,7 @@ def denominators(shard: Shard, active: ActiveRows, u: Tensor, own_rows: Tensor) 
     shift = torch.full_like(total, -torch.inf if needs_shift(shard) else 0.0)
     for tile in tiles(shard, active, own_rows):
         columns, inverse_norm = shard.load(tile.rows)
-        z = tile_products(shard, tile, columns["weight"], u)
+        z = tile_products(shard, tile, operand(shard, columns["weight"]), u)
         factor = row_scale(shard, inverse_norm)
         offset = log_weights(active, tile, factor)
         if not needs_shift(shard):
@@ -222,7 +232,7 @@ class Slopes:
 
 @dataclass(frozen=True)
 class TileGradient:
-    """dL/dw is products - projection*w: [K, D] in the centres' dtype, and acc [K]."""
+    """dL/dw is products - projection*w: [K, D] in the GEMMs' dtype, and acc [K]."""
 
     products: Tensor
     projection: Tensor
@@ -243,7 +253,7 @@ def walk_back(
     names = shard.store.names if update else ("weight",)
     for tile in tiles(shard, active, own_rows):
         columns, inverse_norm = shard.load(tile.rows, names)
-        w = columns["weight"]
+        w = operand(shard, columns["weight"])
         g, projection = _tile_slopes(shard, active, tile, w, inverse_norm, u, slopes)
         _add_product(shard, d_u, g, w)
         if update is not None:
@@ -255,7 +265,7 @@ def walk_back(
 def _tile_slopes(
     shard: Shard, active: ActiveRows, tile: Tile, w: Tensor, inverse_norm: Tensor, u: Tensor, slopes: Slopes
 ) -> tuple[Tensor, Tensor]:
-    """The slopes [K, B] over the norms, in the centres' dtype, and q/|w|^2 acc [K]."""
+    """The slopes [K, B] over the norms, in the GEMMs' dtype, and q/|w|^2 acc [K]."""
     z = tile_products(shard, tile, w, u)
     factor = row_scale(shard, inverse_norm)
     log_weight = log_weights(active, tile, factor)

@@ -78,3 +78,26 @@ def test_any_shape_and_scale(reference: Oracle, c: int, d: int, b: int, tile: in
     if d > 1:
         torch.testing.assert_close(x.grad, x2.grad, rtol=1e-7, atol=1e-9)
         torch.testing.assert_close(head.full_centers(), w.detach() - 0.1 * w.grad, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_centres_multiplied_natively_or_widened(
+    reference: Oracle, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Widened to float32, the products of bfloat16 centres err by float32's rounding, not by bfloat16's."""
+    monkeypatch.setattr("heads.head.has_fast_bfloat16", lambda device: native)
+    head = ShardedMarginHead(
+        37, 6, Margin(1.0, 0.5, 0.0), 16.0, storage="bfloat16", optimizer=SGD(0.1), tile=7
+    )
+    w = head.full_centers().double().requires_grad_()
+    x, y = batch(9, 6, 37, dtype=torch.float32)
+    loss = head(x, y)
+    loss.backward()
+    x2 = x.detach().double().requires_grad_()
+    expected = reference(x2, y, w, (1.0, 0.5, 0.0), 16.0)
+    expected.backward()
+    bound = 16.0 * 2**-8 if native else 1e-5  # a cosine's rounding, times the scale
+    assert abs(float(loss.detach() - expected.detach())) < bound * float(expected.detach())
+    assert (x.grad - x2.grad).abs().max() < bound * x2.grad.abs().max()
+    moved = (w - 0.1 * w.grad).detach()
+    assert (head.full_centers().double() - moved).abs().max() < 2**-8 * moved.abs().max()

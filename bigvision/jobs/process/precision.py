@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from rasterio.windows import Window
 
+from bigvision.hardware import has_fast_bfloat16
 from bigvision.jobs.process.engine import to_strides
 from bigvision.jobs.process.network import Network, NetworkSpec, load_network
 from bigvision.jobs.process.options import Options
@@ -70,17 +71,6 @@ def agreement_of(
         same += int(((one == other) & torch.from_numpy(valid)).sum())
         total += int(valid.sum())
     return same / total
-
-
-def has_fast_bfloat16(device: str) -> bool:
-    """Whether the processor multiplies bfloat16 natively."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported()
-    cpu = torch.cpu
-    return any(
-        getattr(cpu, name, lambda: False)()
-        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
 
 
 def _regions(scene: Scene) -> list[Region]:
