@@ -98,6 +98,8 @@ def engine() -> types.ModuleType:
         package = types.ModuleType("lightstream")
         package.__path__ = list(found.submodule_search_locations)
         sys.modules["lightstream"] = package
+    if not torch.cuda.is_available():  # on import it asks the driver about bfloat16, and fails without one
+        torch.cuda.is_bf16_supported = lambda *_: False
     return importlib.import_module("lightstream.core.constructor")
 
 

@@ -100,4 +100,5 @@ def test_bfloat16_centres_multiplied_natively_or_widened(
     assert abs(float(loss.detach() - expected.detach())) < bound * float(expected.detach())
     assert (x.grad - x2.grad).abs().max() < bound * x2.grad.abs().max()
     moved = (w - 0.1 * w.grad).detach()
-    assert (head.full_centers().double() - moved).abs().max() < 2**-8 * moved.abs().max()
+    stored = 2**-8 * (2 if native else 1)  # its own rounding, after the gradient's
+    assert (head.full_centers().double() - moved).abs().max() < stored * moved.abs().max()

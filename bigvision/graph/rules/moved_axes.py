@@ -9,7 +9,7 @@ from torch import fx
 
 from bigvision.graph import axes
 from bigvision.graph.layout import Flow, Layout, refusal
-from bigvision.graph.rules.registry import layout_of, moved_layout, negative, pulled, rule
+from bigvision.graph.rules.registry import layout_of, moved_layout, negative, pulled, pushed, rule
 from bigvision.graph.trace import result_shape
 
 # So few rows are gathered whole where a view merges them with another axis: a classifier's flat 7 x 7 map.
@@ -33,8 +33,19 @@ def _permuted(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     return Flow(moved_layout(moved(layout.rows), moved(layout.cols)))
 
 
-@rule("unsqueeze", "squeeze")
+@rule("unsqueeze")
+def _unsqueezed(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
+    layout, axis = layout_of(source), negative(args["dim"], result_shape(node))
+    return Flow(moved_layout(pushed(layout.rows, axis), pushed(layout.cols, axis)))
+
+
+@rule("squeeze")
 def _squeezed(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
+    layout = layout_of(source)
+    if isinstance(args.get("dim"), int):
+        axis = negative(args["dim"], result_shape(args["self"]))
+        if axis not in (layout.rows, layout.cols):
+            return Flow(moved_layout(pulled(layout.rows, axis), pulled(layout.cols, axis)))
     return _viewed(node, args, source)
 
 
@@ -52,15 +63,14 @@ def _viewed(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
 
 
 def _carried(before: tuple[int, ...], after: tuple[int, ...], axis: int) -> int | None:
-    """The axis of `after` that is exactly axis `axis` of `before`, if there is one."""
+    """The axis of `after` that is exactly axis `axis` of `before`, if there is one.
+
+    Of an image of one row or column, where several fit, the one with as many axes behind it.
+    """
     inner, size = math.prod(before[len(before) + axis + 1 :]), before[axis]
+    places = sorted(range(-1, -len(after) - 1, -1), key=lambda place: place != axis)
     return next(
-        (
-            q
-            for q in range(-1, -len(after) - 1, -1)
-            if after[q] == size and math.prod(after[len(after) + q + 1 :]) == inner
-        ),
-        None,
+        (q for q in places if after[q] == size and math.prod(after[len(after) + q + 1 :]) == inner), None
     )
 
 
