@@ -168,10 +168,15 @@ def _check(node: fx.Node, flow: Flow) -> None:
         known = pad_mode(name, args) == "constant"
     if moved and not known:
         raise UnwindowedError(f"{describe(node)} has no window rule")
-    if name in _POOLS and (args["ceil_mode"] or (name == "avg_pool2d" and any(pair(args["padding"])))):
+    if name in _POOLS and (args["ceil_mode"] or _counts_by_place(name, args)):
         raise UnwindowedError(f"{describe(node)} pads in a way that has no window rule")
     if name in INTERPOLATIONS and not _whole(node, args):
         raise UnwindowedError(f"{describe(node)} resamples by a ratio that has no window rule")
+
+
+def _counts_by_place(name: str, args: dict[str, Any]) -> bool:
+    """Whether an average is over fewer pixels at the image's edge."""
+    return name == "avg_pool2d" and any(pair(args["padding"])) and not args["count_include_pad"]
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def _max_pool(node: fx.Node, values: Values, rows: Cut, cols: Cut) -> Any:
 def _average_pool(node: fx.Node, values: Values, rows: Cut, cols: Cut) -> Tensor:
     args = arguments(node)
     return functional.avg_pool2d(
-        values(args["self"]),
+        _padded(values(args["self"]), rows, cols),
         args["kernel_size"],
         args["stride"] or None,
         divisor_override=args["divisor_override"],
