@@ -1,213 +1,123 @@
 """Vegetation from colour alone: trained on older aerial photographs, predicting the newest.
 
 The near-infrared band tells vegetation (NDVI), so it makes the labels; the network sees red, green and blue
-only, each scene's bands brought to mean 0 and standard deviation 1 by that scene's own statistics.
+only. scikit-learn fits trees to features that the network itself computes; compiled into its weights, they
+are run by `bigvision process` like any other network.
 
     python examples/vegetation.py vegetation/ ../shared/data/rasters/naip/*.tif
 
-Leaving the newest file out predicts the second newest from those before it: that is how the settings below
-were chosen, without sight of the newest.
+Leaving the newest file out predicts the second newest from those before it.
 """
 
 import argparse
-import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import rasterio
+import torch
+from compiled_trees import compiled
 from numpy.typing import NDArray
+from rasterio.windows import Window
+from safetensors.torch import save_file
+from sklearn.ensemble import HistGradientBoostingClassifier
+from vegetation_network import WINDOWS, Surroundings
+from vegetation_truth import NONE, Result, best_threshold, by_date, compare, greenness_iou, vegetation_labels
 
-from bigvision.jobs.process import Options, run_scene
-from bigvision.jobs.train_raster import TrainOptions, train
+from bigvision.jobs.process.options import Options
+from bigvision.jobs.process.run import run_scene
+from bigvision.jobs.process.scene import open_scene
 from tiling import open_raster
 
-MODEL = f"{Path(__file__).with_name('vegetation_network.py')}:texture?width=32"
+NETWORK = Path(__file__).with_name("vegetation_network.py")
 COLOURS = (1, 2, 3)
-NONE = 255
-BINS = 128
 
 
 @dataclass(frozen=True)
-class Training:
-    """What was tuned, on the second newest date."""
+class Settings:
+    """What was chosen by leaving each of the older dates out; `pixels` are drawn from each date."""
 
-    steps: int = 250
-    crop: int = 192
-    batch: int = 6
-    jitter: float = 0.95
-    lr: float = 0.01
-    weight_decay: float = 0.01
-    dtype: str = "bfloat16"
-    seed: int = 0
+    trees: int = 120
+    leaves: int = 8
+    windows: int = len(WINDOWS)
+    rate: float = 0.08
+    pixels: int = 30_000
 
-    def options(self) -> TrainOptions:
-        """The same for `bigvision train`."""
-        return TrainOptions(
-            MODEL,
-            epochs=max(1, self.steps // 50),
-            steps_per_epoch=min(self.steps, 50),
-            crop=self.crop,
-            batch=self.batch,
-            jitter=self.jitter,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            warmup=20,
-            dtype=self.dtype,
-            seed=self.seed,
-            overwrite=True,
+    def model(self, exposure: float = 0.0) -> str:
+        """What `bigvision process --model` takes; `exposure` where the network shan't find it itself."""
+        return (
+            f"{NETWORK}:trees?trees={self.trees}&leaves={self.leaves}&windows={self.windows}"
+            f"&exposure={exposure}"
         )
 
 
-@dataclass(frozen=True)
-class Result:
-    """Agreement with the near infrared on the newest date, and where the files are.
-
-    all_vegetation: the IoU of calling everything vegetation. majority: the accuracy of the commoner class.
-    """
-
-    iou: float
-    accuracy: float
-    all_vegetation: float
-    majority: float
-    prediction: Path
-    picture: Path
+def colours(scene: Path) -> NDArray[np.float32]:
+    """Red, green and blue as the network gets them from `bigvision process`, [3, H, W]."""
+    source = open_scene([str(scene)], Options(str(NETWORK), bands=COLOURS))
+    return source.read(Window(0, 0, source.shape[2], source.shape[1]))[0]
 
 
-def ndvi(scene: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """(NIR - red) / (NIR + red) of the stored brightness, [4, H, W] to [H, W]; 0 where both are 0."""
-    red, infrared = scene[0].astype(np.float32), scene[3].astype(np.float32)
-    return (infrared - red) / np.maximum(infrared + red, 1)
+@torch.inference_mode()
+def samples(scene: Path, settings: Settings) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Features [n, F] and labels [n] of random pixels with data."""
+    features = Surroundings(WINDOWS[: settings.windows])(torch.from_numpy(colours(scene))[None])
+    labels = vegetation_labels(open_raster(scene).read()).ravel()
+    known = np.flatnonzero(labels != NONE)
+    chosen = np.random.default_rng(0).permutation(known)[: settings.pixels]
+    return features[0].flatten(1).T.numpy()[chosen], labels[chosen]
 
 
-def upper_threshold(values: NDArray[np.float32]) -> float:
-    """The upper of the two thresholds that part values [N] into three classes with most variance between.
-
-    Otsu (1979), A threshold selection method from gray-level histograms, section V: the best split maximises
-    the sum over classes of (sum of values)^2 / count. For NDVI the classes are water, soil or dry plants, and
-    green plants. NAIP stores brightness stretched anew for every flight, no reflectance, so no fixed NDVI
-    means the same on two dates; a threshold from the date's own histogram follows the stretch.
-    """
-    counts, edges = np.histogram(values, BINS)
-    centres = (edges[1:] + edges[:-1]) / 2
-    number = np.concatenate([[0], np.cumsum(counts)]).astype(np.float64)
-    total = np.concatenate([[0], np.cumsum(counts * centres)])
-    inner = np.arange(1, BINS)
-    low, high = inner[:, None], inner[None, :]
-
-    def weight(first: NDArray[np.int64] | int, last: NDArray[np.int64] | int) -> NDArray[np.float64]:
-        return np.asarray((total[last] - total[first]) ** 2 / np.maximum(number[last] - number[first], 1))
-
-    between = np.where(low < high, weight(0, low) + weight(low, high) + weight(high, BINS), -np.inf)
-    return float(edges[inner[np.unravel_index(between.argmax(), between.shape)[1]]])
+def train(scenes: Sequence[Path], settings: Settings, weights: Path) -> None:
+    """Fit trees to the scenes' near infrared, and save them as the network's weights."""
+    inputs, truths = zip(*(samples(scene, settings) for scene in scenes), strict=True)
+    model = HistGradientBoostingClassifier(
+        max_iter=settings.trees,
+        learning_rate=settings.rate,
+        max_leaf_nodes=settings.leaves,
+        l2_regularization=1.0,
+        random_state=0,
+    ).fit(np.concatenate(inputs), np.concatenate(truths))
+    state = compiled(model, settings.leaves)
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    save_file({f"forest.{name}": value for name, value in state.items()}, weights)
 
 
-def vegetation_labels(scene: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """1 where NDVI exceeds the scene's own threshold, 0 elsewhere, 255 without data; [4, H, W] to [H, W]."""
-    index, seen = ndvi(scene), scene.any(axis=0)
-    if not seen.any():
-        return np.full(seen.shape, NONE, np.uint8)
-    return np.where(seen, index > upper_threshold(index[seen]), NONE).astype(np.uint8)
+def processing(model: str, weights: Path) -> Options:
+    """The options of `bigvision process --dtype float32 --bands 1,2,3`."""
+    return Options(model, weights=weights, bands=COLOURS, dtype="float32", overwrite=True)
 
 
-def statistics(scene: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of red, green and blue over the scene's pixels with data."""
-    with rasterio.open(scene) as file:
-        bands = [file.read(band, masked=True).compressed().astype(np.float64) for band in COLOURS]
-    return tuple(float(band.mean()) for band in bands), tuple(float(band.std()) for band in bands)
-
-
-def write_pair(scene: Path, out: Path) -> str:
-    """One date's colours in its own units, and its labels, under `out`; their line of the list of pairs."""
-    mean, std = (np.array(values)[:, None, None] for values in statistics(scene))
-    with rasterio.open(scene) as file:
-        labels = vegetation_labels(file.read())
-        colours = file.read(COLOURS, masked=True)
-        profile = file.profile | {"photometric": "minisblack"}
-    standard = ((colours - mean) / std).astype(np.float32).filled(np.nan)
-    for folder, values, missing in (("scenes", standard, np.nan), ("labels", labels[None], NONE)):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-        kind = {"count": len(values), "dtype": values.dtype.name, "nodata": missing}
-        with rasterio.open(out / folder / scene.name, "w", **profile | kind) as file:
-            file.write(values)
-    return f"scenes/{scene.name},labels/{scene.name}\n"
-
-
-def vegetation(scenes: Sequence[Path], out: Path, training: Training | None = None) -> Result:
+def vegetation(scenes: Sequence[Path], out: Path, settings: Settings | None = None) -> tuple[Result, float]:
     """Train on all dates but the newest, predict that one, compare with its near infrared.
+
+    Beside it the IoU of a trivial rule: excess green above the threshold that is best on the older dates.
 
     Raises:
         ValueError: with fewer than two scenes, or one whose name holds no date of eight digits.
     """
     *older, newest = by_date(scenes)
-    settings = training or Training()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "pairs.csv").write_text("scene,labels\n" + "".join(write_pair(scene, out) for scene in older))
-    weights = train(
-        out / "pairs.csv",
-        out / "run",
-        settings.options(),
-    ).weights
-    mean, std = statistics(newest)
+    settings = settings or Settings()
+    begun = time.perf_counter()
+    train(older, settings, out / "trees.safetensors")
+    trained = time.perf_counter()
     prediction = out / newest.name
-    reading = Options(MODEL, weights=weights, bands=COLOURS, mean=mean, std=std, overwrite=True)
-    run_scene((str(newest),), prediction, reading)
-    return compare(newest, prediction, out / "vegetation.png")
-
-
-def by_date(scenes: Sequence[Path]) -> list[Path]:
-    """Oldest first, by the last eight digits in a row of each name."""
-    if len(scenes) < 2:
-        raise ValueError(f"{len(scenes)} scenes; at least an older and a newer one are needed")
-    dates = {scene: re.findall(r"\d{8}", scene.name) for scene in scenes}
-    for scene, found in dates.items():
-        if not found:
-            raise ValueError(f"{scene}: no date of eight digits in the name")
-    return sorted(scenes, key=lambda scene: dates[scene][-1])
-
-
-def compare(scene: Path, prediction: Path, picture: Path) -> Result:
-    """Score a prediction against the scene's near infrared, and draw both."""
-    pixels, found = open_raster(scene).read(), open_raster(prediction).read()[0]
-    truth = vegetation_labels(pixels)
-    seen = truth != NONE
-    both = int(((truth == 1) & (found == 1) & seen).sum())
-    either = int((((truth == 1) | (found == 1)) & seen).sum())
-    share = float((truth == 1)[seen].mean())
-    draw(pixels, truth, found, picture)
-    accuracy = float((truth == found)[seen].mean())
-    return Result(both / max(1, either), accuracy, share, max(share, 1 - share), prediction, picture)
-
-
-def draw(
-    pixels: NDArray[np.uint8], truth: NDArray[np.uint8], found: NDArray[np.uint8], picture: Path
-) -> None:
-    """The scene, its vegetation by near infrared, and what the network saw in its colours."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 4.4), layout="constrained")
-    colours = ListedColormap(["#d9cfb4", "#2e7d32"])
-    panels = (
-        (np.moveaxis(pixels[:3], 0, -1), "red, green, blue: what the network sees"),
-        (np.ma.masked_equal(truth, NONE), "vegetation by near infrared"),
-        (np.ma.masked_equal(found, NONE), "vegetation found"),
-    )
-    for axes, (image, title) in zip(figure.subplots(1, 3), panels, strict=True):
-        axes.imshow(image, cmap=colours, vmin=0, vmax=1, interpolation="nearest")
-        axes.set_title(title)
-        axes.set_axis_off()
-    FigureCanvasAgg(figure).print_png(str(picture))
+    run_scene((str(newest),), prediction, processing(settings.model(), out / "trees.safetensors"))
+    print(f"trained in {trained - begun:.0f} s, processed in {time.perf_counter() - trained:.1f} s")
+    best = best_threshold([open_raster(scene).read() for scene in older])
+    trivial = greenness_iou(open_raster(newest).read(), best)
+    return compare(newest, prediction, out / "vegetation.png"), trivial
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder for labels, run and prediction")
+    parser.add_argument("out", type=Path, help="folder for weights, prediction and picture")
     parser.add_argument("scenes", type=Path, nargs="+", help="four-band GeoTIFFs with dates in their names")
     given = parser.parse_args()
-    result = vegetation(given.scenes, given.out)
-    print(f"IoU {result.iou:.4f} (everything vegetation: {result.all_vegetation:.4f})")
+    result, trivial = vegetation(given.scenes, given.out)
+    print(
+        f"IoU {result.iou:.4f} (everything vegetation: {result.all_vegetation:.4f}, "
+        f"a threshold of greenness: {trivial:.4f})"
+    )
     print(f"accuracy {result.accuracy:.4f} (the commoner class: {result.majority:.4f})")
     print(f"{result.prediction}\n{result.picture}")
