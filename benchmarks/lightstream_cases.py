@@ -18,6 +18,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import segmentation_models_pytorch as smp
 import torch
@@ -103,6 +104,17 @@ def engine() -> types.ModuleType:
     return importlib.import_module("lightstream.core.constructor")
 
 
+def streaming_form(model: nn.Module, tile: int) -> Any:
+    """lightstream's form of a network. It measures on the CPU and then moves to CUDA, where there is one."""
+    constructor = engine().StreamingConstructor(model, tile, verbose=False, normalize_on_gpu=False)
+    if torch.cuda.is_available():
+        return constructor.prepare_streaming_model()
+    nn.Module.cuda = lambda self, *_: self  # type: ignore[method-assign]
+    streaming = constructor.prepare_streaming_model()
+    streaming.device = torch.device("cpu")
+    return streaming
+
+
 def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
@@ -117,11 +129,7 @@ def lightstream_errors(name: str) -> list[str]:
     gradients = {key: p.grad for key, p in model.named_parameters()}
     told: list[str] = []
     try:
-        streaming = (
-            engine()
-            .StreamingConstructor(copy.deepcopy(model), tile, verbose=False, normalize_on_gpu=False)
-            .prepare_streaming_model()
-        )
+        streaming = streaming_form(copy.deepcopy(model), tile)
         found = streaming(image)
         if found.shape != whole.shape:
             told.append(f"wrong: {tuple(found.shape[2:])} pixels for {tuple(whole.shape[2:])}")
@@ -166,15 +174,16 @@ def our_errors(name: str) -> list[str]:
     return [*told, verdict(max(gradient_error(p.grad, one) for p, one in pairs))]
 
 
-def main() -> None:
-    if sys.argv[2:] == ["--alone"]:
-        name = sys.argv[1]
+def main(arguments: list[str] | None = None) -> None:
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[1:] == ["--alone"]:
+        name = given[0]
         ours = our_errors(name)  # first: a failure of the other may leave torch without gradients
         print("| " + " | ".join([name, *lightstream_errors(name), *ours]) + " |")
         return
     print("| network | lightstream forward | lightstream gradient | ours forward | ours gradient |")
     print("|---|---|---|---|---|", flush=True)
-    for name in sys.argv[1:] or CASES:
+    for name in given or CASES:
         command = [sys.executable, str(Path(__file__)), name, "--alone"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         lines = [line for line in done.stdout.splitlines() if line.startswith("|")]

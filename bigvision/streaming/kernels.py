@@ -30,6 +30,7 @@ from bigvision.graph.axes import AxisMap
 from bigvision.graph.layout import Flow
 from bigvision.graph.resampling import Taps, area_taps, interpolate_columns, interpolation_taps, resample_rows
 from bigvision.graph.trace import operator_name, result_shape
+from bigvision.streaming.convolution import convolve
 
 Values = Callable[[fx.Node], Any]
 """Gives a kernel its inputs: a streaming one's rows first..last, clipped to the image; a held one whole."""
@@ -117,7 +118,7 @@ def _convolution(node: fx.Node, flow: Flow) -> Kernel:
     args = arguments(node)
     kernel = result_shape(args["weight"])[-2:]
     left, right = convolution_padding(args, kernel)[1]
-    stride, dilation, groups = args["stride"], args["dilation"], args["groups"]
+    stride, dilation, groups = pair(args["stride"]), pair(args["dilation"]), args["groups"]
 
     def run(values: Values, span: Span) -> Tensor:
         x, cols = values(args["input"]), left
@@ -125,7 +126,7 @@ def _convolution(node: fx.Node, flow: Flow) -> Kernel:
             x, cols = F.pad(x, (left, right)), 0
         x = _pad_rows(x, span)
         bias = None if args["bias"] is None else values(args["bias"])
-        return F.conv2d(x, values(args["weight"]), bias, stride, (0, cols), dilation, groups)
+        return convolve(x, values(args["weight"]), bias, stride, (0, cols), dilation, groups)
 
     return run
 

@@ -1,0 +1,217 @@
+"""The streamed forward against the dense one: time a pixel, and peak memory whatever the height.
+
+    python benchmarks/streaming_forward.py                  width 8192, 1024 rows, bf16 and float32
+    python benchmarks/streaming_forward.py --width 30000    the size of a Sentinel-2 mosaic
+
+The floor is the same network with its norms folded, run eagerly on 1024 x 1024 tiles without halo,
+channels last: no seam-free method computes less. Floor and stream alternate in one process; medians of
+the processor's time are compared, because other work on the machine lengthens the wall's. Peak memory is of
+a process of its own at heights 1 x and 4 x: it must not grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import segmentation_models_pytorch as smp
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from bigvision.streaming import StreamedModel
+
+CHANNELS, CLASSES, TILE = 4, 6, 1024
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Scene:
+    """A scene made when it is read, so that only the engine takes memory."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.shape = shape
+
+    def __getitem__(self, key: Any) -> Tensor:
+        start, stop, _ = key[1].indices(self.shape[1])
+        row = torch.arange(start, stop).view(1, -1, 1) % 251 + torch.arange(self.shape[2]) % 241
+        return (row.expand(self.shape[0], -1, -1).float() - 240) / 120
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return smp.Unet("resnet18", encoder_weights=None, in_channels=CHANNELS, classes=CLASSES).eval()
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """Every convolution that a batch norm follows, merged with it."""
+    for module in list(model.modules()):
+        names = list(module._modules)
+        for name, following in itertools.pairwise(names):
+            conv, norm = module._modules[name], module._modules[following]
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                module._modules[name] = fuse_conv_bn_eval(conv, norm)
+                module._modules[following] = nn.Identity()
+    return model
+
+
+def floor(dtype: torch.dtype, tiles: int) -> Callable[[], int]:
+    """Pixels of `tiles` dense tiles without halo."""
+    model = folded(network()).to(dtype).to(memory_format=torch.channels_last)
+    tile = torch.randn(1, CHANNELS, TILE, TILE, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    def run() -> int:
+        with torch.inference_mode():
+            for _ in range(tiles):
+                model(tile)
+        return tiles * TILE * TILE
+
+    return run
+
+
+def stream(shape: tuple[int, int, int], options: dict[str, Any]) -> Callable[[], int]:
+    """Pixels of a streamed scene."""
+    model = StreamedModel(network(), shape, **options)
+    scene = Scene(shape)
+
+    def run() -> int:
+        for _ in model.stream(scene):
+            pass
+        return shape[1] * shape[2]
+
+    return run
+
+
+def timed(run: Callable[[], int]) -> tuple[float, float]:
+    """Processor and wall microseconds a pixel."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    pixels = run()
+    return (time.process_time() - cpu) * 1e6 / pixels, (time.perf_counter() - wall) * 1e6 / pixels
+
+
+def compare(args: argparse.Namespace) -> dict[str, float]:
+    """Floor and stream in turns: medians, and the median of the ratios of neighbours."""
+    torch.set_num_threads(args.threads)
+    runs = {
+        "floor": floor(DTYPES[args.dtype], args.tiles),
+        "stream": stream((CHANNELS, args.height, args.width), engine_options(args)),
+    }
+    for run in runs.values():
+        run()
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for _ in range(args.repeats):
+        for name, run in runs.items():
+            times[name].append(timed(run))
+    pairs = list(zip(times["floor"], times["stream"], strict=True))
+    found = {
+        f"{name}_{clock}": statistics.median(one[index] for one in taken)
+        for name, taken in times.items()
+        for index, clock in enumerate(("cpu", "wall"))
+    }
+    found |= {
+        f"ratio_{clock}": statistics.median(
+            ours[index] and dense[index] / ours[index] for dense, ours in pairs
+        )
+        for index, clock in enumerate(("cpu", "wall"))
+    }
+    return found
+
+
+def peak(args: argparse.Namespace) -> dict[str, float]:
+    """The process's peak, how much of it the scene added, and what was predicted."""
+    torch.set_num_threads(args.threads)
+    stream((CHANNELS, 64, 64), {"rows": 32, "dtype": DTYPES[args.dtype]})()  # libraries are loaded
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = StreamedModel(network(), (CHANNELS, args.height, args.width), **engine_options(args))
+    for _ in model.stream(Scene(model.shape)):
+        pass
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    plan = model.plan
+    return {
+        "peak": after / 2**20,
+        "grown": (after - before) / 2**20,
+        "predicted_peak": plan.peak_bytes / 2**30,
+        "predicted_engine": plan.engine_bytes / 2**30,
+        "rows": plan.rows,
+    }
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"dtype": DTYPES[args.dtype], "rows": args.rows}
+
+
+MODES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "compare": compare,
+    "peak": peak,
+}
+
+
+def measured(mode: str, args: argparse.Namespace, **changes: Any) -> dict[str, Any]:
+    """One line, in a process of its own."""
+    given = json.dumps(vars(args) | changes)
+    done = subprocess.run(
+        [sys.executable, __file__, "--one", mode, "--given", given],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"{mode} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report(args: argparse.Namespace) -> None:
+    load = os.getloadavg()[0]
+    print(
+        f"Unet-resnet18, {args.width} px wide, {args.height} rows, {args.threads} threads, load {load:.1f}\n"
+    )
+    print(
+        "| dtype | floor, µs cpu/px | stream, µs cpu/px | of the floor (cpu) | (wall) | rows a step |", end=""
+    )
+    print(" peak GiB | at 4 x the height | grown | engine predicted |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for dtype in args.dtypes:
+        speed = measured("compare", args, dtype=dtype)
+        low = measured("peak", args, dtype=dtype)
+        high = measured("peak", args, dtype=dtype, height=4 * args.height)
+        cells = [
+            dtype,
+            f"{speed['floor_cpu']:.2f}",
+            f"{speed['stream_cpu']:.2f}",
+            f"{speed['ratio_cpu']:.2f}",
+        ]
+        cells += [f"{speed['ratio_wall']:.2f}", f"{low['rows']}", f"{low['peak']:.2f}", f"{high['peak']:.2f}"]
+        cells += [f"{high['grown']:.2f}", f"{high['predicted_engine']:.2f}"]
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--width", type=int, default=8192)
+    parser.add_argument("--height", type=int, default=1024)
+    parser.add_argument("--rows", type=int, help="image rows a step; planned if left out")
+    parser.add_argument("--tiles", type=int, default=4, help="dense tiles of a turn")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
+    parser.add_argument("--one", choices=MODES, help=argparse.SUPPRESS)
+    parser.add_argument("--given", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.one:
+        print(json.dumps(MODES[args.one](argparse.Namespace(**json.loads(args.given)))))
+    else:
+        report(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""A convolution whose weight gradient is computed in the layout that is quick for it.
+
+On a processor with AVX2, oneDNN's float32 weight gradient of channels-last operands was measured at 5 to 9
+times that of channels-first ones, which takes about the forward's time; transposing both operands first costs
+a tenth of what it saves.
+
+Legend: C channels, H and W rows and columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Pair = tuple[int, int]
+
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, groups: int
+) -> Tensor:
+    """`torch.nn.functional.conv2d`, once differentiable."""
+    wanted = torch.is_grad_enabled() and weight.requires_grad
+    if wanted and x.dtype == torch.float32 and x.device.type == "cpu":
+        y: Tensor = _Convolution.apply(x, weight, bias, stride, padding, dilation, groups)
+        return y
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, *rest: Any
+    ) -> Tensor:
+        dilation, groups = rest
+        ctx.save_for_backward(x, weight)
+        ctx.geometry = (stride, padding, dilation, False, (0, 0), groups)
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        differentiate = torch.ops.aten.convolution_backward
+        (dy,) = grads
+        of_x, _, of_bias = ctx.needs_input_grad[:3]
+        dx = db = None
+        if of_x:
+            dx = differentiate(dy, x, weight, None, *ctx.geometry, (True, False, False))[0]
+        if of_bias:
+            db = dy.sum((0, 2, 3))
+        operands = (channels_first(dy), channels_first(x), weight.contiguous())
+        dw = differentiate(*operands, None, *ctx.geometry, (False, True, False))[1]
+        return dx, dw, db, None, None, None, None
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """x [1, C, H, W] with its channels outermost in memory, by ATen's blocked transpose of matrices."""
+    _, c, h, w = x.shape
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return x.contiguous()
+    return x.permute(0, 2, 3, 1).reshape(h * w, c).t().contiguous().view(1, c, h, w)
