@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bigvision.gating import Gate
+from bigvision.hardware import has_fast_bfloat16
 from bigvision.jobs.process.folding import fold_batch_norms
 from bigvision.models.small_unet import small_unet
 from bigvision.routing import RegionRouter, Skip, seconds
@@ -258,7 +259,8 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=4096, help="of the curve's scene")
     parser.add_argument("--region", type=int, default=512, help="side of a region")
     parser.add_argument("--max-side", type=int, default=2048, help="of a rectangle computed at once")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    quick = "bfloat16" if has_fast_bfloat16("cpu") else "float32"
+    parser.add_argument("--dtype", default=quick, choices=("bfloat16", "float32"))
     parser.add_argument("--clock", default="wall", choices=tuple(CLOCKS))
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the scene in full")
     parser.add_argument("--threads", type=int)

@@ -1,6 +1,6 @@
 """The streamed forward against the dense one: time a pixel, and peak memory whatever the height.
 
-    python benchmarks/streaming_forward.py                  width 8192, 1024 rows, bf16 and float32
+    python benchmarks/streaming_forward.py                  width 8192, 1024 rows, float32 and bf16 if fast
     python benchmarks/streaming_forward.py --width 30000    the size of a Sentinel-2 mosaic
 
 The floor is the same network with its norms folded, run eagerly on 1024 x 1024 tiles without halo,
@@ -28,10 +28,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from bigvision.hardware import has_fast_bfloat16
 from bigvision.streaming import StreamedModel
 
 CHANNELS, CLASSES, TILE = 4, 6, 1024
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def quick_types() -> list[str]:
+    """float32, and bfloat16 where the processor does not just emulate it."""
+    return [*(["bfloat16"] if has_fast_bfloat16("cpu") else []), "float32"]
 
 
 class Scene:
@@ -203,7 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tiles", type=int, default=4, help="dense tiles of a turn")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=quick_types())
     parser.add_argument("--one", choices=MODES, help=argparse.SUPPRESS)
     parser.add_argument("--given", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

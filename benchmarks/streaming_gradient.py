@@ -22,9 +22,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import segmentation_models_pytorch as smp
 import torch
 from numpy.typing import NDArray
+from streaming_forward import quick_types
 from torch import nn
 
 from bigvision.graph import cost, trace
@@ -79,7 +81,7 @@ def measure(what: str, args: argparse.Namespace) -> dict[str, float]:
     image, classes = (open_raster(path) for path in written(Path(args.scenes), args.height, args.width))
     scene, labels = Normalised(image), Labels(classes)
     model, loss = network(), CrossEntropy(ignore_index=255)
-    streamed = None
+    streamed, process = None, psutil.Process().memory_info().rss
     if what != "plain":
         scratch = (args.scratch, args.scratch_limit) if args.scratch and what == "backward" else None
         streamed = StreamedModel(
@@ -91,7 +93,7 @@ def measure(what: str, args: argparse.Namespace) -> dict[str, float]:
     elif what == "forward":
         found = forward(streamed, scene)
     else:
-        found = backward(streamed, scene, labels, loss)
+        found = backward(streamed, scene, labels, loss, process)
     seconds, cpu = time.perf_counter() - started, time.process_time() - worked
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"seconds": seconds, "cpu": cpu, "peak": peak, **found}
@@ -117,7 +119,7 @@ def forward(streamed: StreamedModel, scene: Normalised) -> dict[str, float]:
 
 
 def backward(
-    streamed: StreamedModel, scene: Normalised, labels: Labels, loss: CrossEntropy
+    streamed: StreamedModel, scene: Normalised, labels: Labels, loss: CrossEntropy, process: int
 ) -> dict[str, float]:
     result = streamed.backward(scene, labels, loss)
     (plan,) = result.plans
@@ -128,7 +130,7 @@ def backward(
         "recomputed": plan.recomputed,
         "on disk": plan.on_disk,
         "disk GB": plan.disk_bytes / 1e9,
-        "predicted": plan.peak_bytes / GIB,
+        "predicted": (process + plan.peak_bytes) / GIB,
     }
 
 
@@ -163,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--height", type=int, default=1024)
     parser.add_argument("--rows", type=int, help="image rows a step; planned if left out")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", default=quick_types()[0], choices=["float32", "bfloat16"])
     parser.add_argument("--memory", default="2GiB", help="of forward and backward (2GiB)")
     parser.add_argument("--scratch", help="folder for what backward spills; nothing is if left out")
     parser.add_argument("--scratch-limit", default="40GB")
