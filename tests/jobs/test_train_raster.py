@@ -80,8 +80,15 @@ def command(pairs: Path, out: Path, options: TrainOptions) -> list[str]:
     return [sys.executable, "-c", SCRIPT, str(pairs), str(out), repr(options)]
 
 
-def test_kill_9_loses_nothing(pairs: Path, tmp_path: Path) -> None:
-    options = replace(FAST, epochs=4, steps_per_epoch=12, checkpoint_every=4)
+@pytest.mark.parametrize(
+    "options",
+    [
+        replace(FAST, epochs=4, steps_per_epoch=12, checkpoint_every=4),
+        replace(WHOLE, epochs=24, checkpoint_every=4),
+    ],
+    ids=["crops", "whole scenes"],
+)
+def test_kill_9_loses_nothing(pairs: Path, tmp_path: Path, options: TrainOptions) -> None:
     killed = subprocess.Popen(command(pairs, tmp_path / "parts", options))
     curve = tmp_path / "parts" / "training.csv"
     deadline = time.monotonic() + 120
