@@ -111,6 +111,12 @@ def process(
     previous: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Earlier output whose unchanged tiles are copied.")
     ] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="With --previous: a band's largest difference that counts as no change.")
+    ] = 0.0,
+    resample_previous: Annotated[
+        bool, typer.Option("--resample-previous", help="With --previous: bring it onto this grid if need be.")
+    ] = False,
     json: Annotated[Path | None, typer.Option(metavar="REPORT", help="Write a report for programs.")] = None,
     trust_model: Annotated[
         bool, typer.Option("--trust-model", help="Load a .pt2, which can carry pickled code.")
@@ -149,6 +155,8 @@ def process(
         overwrite=overwrite,
         route=route,
         previous=previous,
+        tolerance=tolerance,
+        resample_previous=resample_previous,
     )
     if not process_scenes(scenes, out, options, report=json):
         raise typer.Exit(1)

@@ -52,6 +52,7 @@ def test_an_error_is_one_sentence_and_status_1(tmp_path: Path) -> None:
         ("ingest", tmp_path / "absent.tif", tmp_path / "out.zarr"),
         ("process", tmp_path / "*.tif", "--model", "m:f", "--out", tmp_path / "out"),
         ("process", "a.tif", "--model", "m:f", "--out", tmp_path / "out", "--memory", "none"),
+        ("process", "a.tif", "--model", "m:f", "--out", tmp_path / "out", "--tolerance", "2"),
         ("process", "a.tif", "--model", "m:f", "--out", tmp_path / "out", "--json", tmp_path / "no/r.json"),
     ):
         done = run(*arguments)

@@ -10,9 +10,10 @@ from affine import Affine
 from hypothesis import given
 from hypothesis import strategies as st
 from rasterio.crs import CRS
+from rasterio.warp import Resampling, reproject
 from rasterio.windows import Window
 
-from bigvision.routing.grids import GridError, check_same_grid, grid_shift, resampled
+from bigvision.routing.grids import GridError, check_same_grid, grid_shift, resampled, under
 from bigvision.routing.record import RouteRecord, load_record, route_summary
 from bigvision.routing.route_file import RouteSpec, load_route, read_route, write_route
 from tiling import Raster, open_raster
@@ -176,6 +177,41 @@ def test_shifted_grids_are_refused_with_the_shift_and_resampled_when_asked(tmp_p
     found = resampled(whole, one, Window(2, 3, 4, 5), method="nearest")
     assert np.array_equal(found, whole.read(Window(1, 2, 4, 5)))
     assert not resampled(one, raster(tmp_path / "f.tif", 9000, 900), Window(0, 0, 4, 4)).any()
+
+
+def test_another_crs_is_resampled_window_by_window_as_at_once(tmp_path: Path) -> None:
+    utm = raster(tmp_path / "utm.tif", 500_000, 4_600_000)
+    path, into = tmp_path / "degrees.tif", np.zeros((1, 12, 9), np.uint8)
+    # The scene, 50 x 40 m, lies across these pixels of about 4 x 6 m from the third row and column on.
+    degrees = Affine(5e-5, 0, -99.0001, 0, -5e-5, 41.55192)
+    with rasterio.open(
+        path, "w", driver="GTiff", height=12, width=9, count=1, dtype="uint8", crs="EPSG:4326",
+        transform=degrees,
+    ) as file:  # fmt: skip
+        file.write(into)
+    like = open_raster(path)
+    reproject(
+        utm.read(), into, src_transform=utm.transform, src_crs=utm.crs, dst_transform=degrees,
+        dst_crs="EPSG:4326", resampling=Resampling.nearest,
+    )  # fmt: skip
+    assert into.any() and not into.all()
+    found = np.zeros_like(into)
+    for row in range(0, 12, 4):
+        for col in range(0, 9, 3):
+            found[:, row : row + 4, col : col + 3] = resampled(
+                utm, like, Window(col, row, 3, 4), method="nearest"
+            )
+    assert np.array_equal(found, into)
+    with pytest.raises(GridError, match=r"utm\.tif is in EPSG:26914, .*nowhere\.tif in None"):
+        under(utm, _nowhere(tmp_path / "nowhere.tif"), Window(0, 0, 4, 4))
+
+
+def _nowhere(path: Path) -> Raster:
+    with rasterio.open(
+        path, "w", driver="GTiff", height=8, width=10, count=1, dtype="uint8", transform=Affine.scale(2)
+    ) as file:
+        file.write(np.zeros((1, 8, 10), np.uint8))
+    return open_raster(path)
 
 
 @pytest.mark.parametrize(

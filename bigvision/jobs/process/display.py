@@ -104,14 +104,9 @@ def _cut(scene: str, plan: Plan, pixels: int, left: int) -> str:
     same = ""
     if plan.agreement is not None:
         same = f" ({plan.agreement:.2%} of the classes are the same in bfloat16)"
-    cut = f"tiles of {plan.tile} px" if plan.engine == "tiles" else f"streamed bands of {plan.tile} rows"
-    if plan.phases is None:
-        cut += f" with a halo of {plan.halo} px"
-    elif plan.phases:
-        cut += f", read {1 + plan.phases} times for the scene's statistics"
     resumed = "" if left == pixels else f"; {1 - left / pixels:.0%} was finished before"
     return (
-        f"{scene}: {plan.exactness}, {plan.dtype}{same}, {cut}, "
+        f"{scene}: {plan.exactness}, {plan.dtype}{same}, {plan.cut}, "
         f"about {plan.predicted_bytes / 2**30:.1f} GiB{resumed}"
     )
 

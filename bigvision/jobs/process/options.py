@@ -1,5 +1,6 @@
 """What the user asked of `bigvision process`, checked before any work starts."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,6 +46,8 @@ class Options:
     overwrite: bool = False
     route: Path | None = None
     previous: Path | None = None
+    tolerance: float = 0.0
+    resample_previous: bool = False
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
@@ -61,6 +64,11 @@ class Options:
                 raise ValueError(f"--{name.replace('_', '-')} is between 0 and 1, got {getattr(self, name)}")
         if self.resolution is not None and not self.resolution > 0:
             raise ValueError(f"--resolution must be positive, got {self.resolution}")
+        if not 0 <= self.tolerance < math.inf:
+            raise ValueError(f"--tolerance is a difference of at least 0, got {self.tolerance}")
+        if self.previous is None and (self.tolerance or self.resample_previous):
+            flag = "--tolerance" if self.tolerance else "--resample-previous"
+            raise ValueError(f"{flag} is about an earlier result: give --previous RUN, too")
         if self.workers is not None and self.scheduler is not None:
             raise ValueError("--workers starts a cluster here and --scheduler uses another: give one of them")
         parse_bytes(self.memory)

@@ -3,7 +3,7 @@
 Legend: C bands, B bands written, H and W rows and columns of the scene; core and halo in pixels.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,21 @@ class Plan:
         if self.engine == "tiles":
             return TilesEngine(self.stride)
         return StreamEngine(self.step) if self.phases is None else PhasedEngine(self.step, self.phases, sums)
+
+    def reusing(self, rule: str) -> "Plan":
+        """The same where parts of the result are by `rule` those of an earlier one."""
+        before = "approximate: " if self.exactness == "exact" else f"{self.exactness}; "
+        return replace(self, exactness=before + rule)
+
+    @property
+    def cut(self) -> str:
+        """How the scene is cut and how much of it is read more than once, in words."""
+        if self.engine == "tiles":
+            return f"tiles of {self.tile} px with a halo of {self.halo} px"
+        bands = f"streamed bands of {self.tile} rows"
+        if self.phases is None:
+            return f"{bands} with a halo of {self.halo} px"
+        return f"{bands}, read {1 + self.phases} times for the scene's statistics" if self.phases else bands
 
     def record(self) -> dict[str, Any]:
         """For JSON; `Plan(**record)` is the way back."""

@@ -22,7 +22,7 @@ TAG = "BIGVISION_FINGERPRINT"
 # What changes neither the pixels nor where they are cut into tiles for good.
 _INDIFFERENT = (
     *("workers", "scheduler", "overwrite", "trust_model", "weights", "model", "aoi"),
-    *("route", "previous"),
+    *("route", "previous", "tolerance", "resample_previous"),
 )
 _EDGE = 2**20  # bytes at either end of a file that are hashed besides its size and time
 
@@ -38,6 +38,15 @@ class Provenance:
         """One hash of all."""
         return hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def reused(self) -> str:
+        """By which rule parts are those of an earlier result; empty where every pixel is as computed."""
+        return str(self.record.get("reused", [""])[0])
+
+    def reusing(self, rule: str, source: str) -> "Provenance":
+        """Of a result that takes parts by this rule from the result whose fingerprint is `source`."""
+        return Provenance(self.record | {"reused": [rule, source]})
+
     def tags(self, **more: str) -> dict[str, str]:
         """For the result's metadata; `more` as BIGVISION_<NAME>."""
         about = {
@@ -48,6 +57,8 @@ class Provenance:
             "BIGVISION_OPTIONS": json.dumps(self.record["options"]),
             "BIGVISION_INPUT": json.dumps([name for name, *_ in self.record["input"]]),
         }
+        if self.reused:
+            about["BIGVISION_REUSED"] = self.reused
         return about | {f"BIGVISION_{name.upper()}": value for name, value in more.items()}
 
 

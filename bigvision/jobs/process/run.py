@@ -15,7 +15,7 @@ from bigvision.jobs.process.options import Options
 from bigvision.jobs.process.phases import PhasedEngine, PhaseRunner, PhaseStore
 from bigvision.jobs.process.planning import Plan, plan_scene
 from bigvision.jobs.process.precision import choose_precision
-from bigvision.jobs.process.previous import Previous, copy_unchanged, open_previous
+from bigvision.jobs.process.previous import Previous, Reuse, copy_unchanged, open_previous, reuse_of
 from bigvision.jobs.process.provenance import TAG, Provenance, provenance
 from bigvision.jobs.process.results import ResultKind
 from bigvision.jobs.process.routed import run_routed
@@ -80,6 +80,9 @@ def run_scene(
     scene = open_scene(paths, options)
     spec = network_spec(options, scene.shape[0])
     origin = provenance(paths, options, network_for(scene.raster.name, spec))
+    reuse = reuse_of(target, scene, options)
+    if reuse is not None:
+        origin = origin.reusing(reuse.rule, reuse.source)
     pixels = scene.shape[1] * scene.shape[2]
     warning = "" if scene.raster.crs is not None else "the scene has no CRS, so the result has none"
     outcome = Outcome(scene.raster.name, str(target), "done", warning=warning, pixels=pixels)
@@ -91,7 +94,7 @@ def run_scene(
             ledger.remove()
             seconds = time.perf_counter() - begun
             return replace(outcome, computed=routed.computed, seconds=seconds, routed=routed.summary)
-        previous = _previous(target, scene, spec, options, origin)
+        previous = _previous(target, scene, spec, options, origin, reuse)
         plan, writer = _begin(ledger, target, scene, spec, options, origin)
         computed = _compute(ledger, scene, spec, options, plan, writer, client, watcher, previous)
         tags = origin.tags(
@@ -99,18 +102,23 @@ def run_scene(
         )
         finish(ledger, writer, target, tags, watcher.finishing)
         ledger.remove()
-    told = "" if previous is None else f"{1 - computed / pixels:.0%} as in {previous.result.name}"
+    told = "" if previous is None else f"{1 - computed / pixels:.0%} as in {previous}"
     seconds = time.perf_counter() - begun
     return replace(outcome, computed=computed, seconds=seconds, plan=plan, routed=told)
 
 
 def _previous(
-    target: Path, scene: Scene, spec: NetworkSpec, options: Options, origin: Provenance
+    target: Path,
+    scene: Scene,
+    spec: NetworkSpec,
+    options: Options,
+    origin: Provenance,
+    reuse: Reuse | None,
 ) -> Previous | None:
     """The earlier run of `--previous`, checked."""
     if options.previous is None:
         return None
-    return open_previous(options.previous, target, scene, origin, load_network(spec), options)
+    return open_previous(target, scene, origin, load_network(spec), options, reuse)
 
 
 def _is_ours(target: Path, origin: Provenance, options: Options) -> bool:
@@ -143,6 +151,7 @@ def _begin(
     analysis = analyse(network.module, scene.shape)
     precision = choose_precision(scene, spec, options, kind, analysis.stride)
     plan = plan_scene(scene.shape, kind, analysis, options, precision, network.module)
+    plan = plan.reusing(origin.reused) if origin.reused else plan
     writer = _create(ledger, target, scene, kind, plan, options)
     ledger.begin({"fingerprint": origin.fingerprint, "plan": plan.record(), "of": origin.record})
     return plan, writer

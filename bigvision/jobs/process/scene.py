@@ -35,22 +35,25 @@ class Scene:
 
     def read(self, window: Window) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Normalised pixels float32 [C, h, w] and where the window has data, bool [h, w]."""
-        pixels = self.raster.read(window, masked=True)
-        missing: NDArray[np.bool_] = np.ma.getmaskarray(pixels)
-        valid: NDArray[np.bool_] = np.logical_not(missing.all(axis=0))
-        values = np.ma.getdata(pixels)
-        if np.issubdtype(values.dtype, np.floating):
-            broken = ~np.isfinite(values) & ~_named(values, self.raster.nodata)
-            valid &= ~broken.any(axis=0)
-            missing = missing | ~valid
-            values = np.where(missing, 0, values)
+        values, missing = self.values(window)
         factor, offset = self._affine()
         normal = values.astype(np.float32)
         normal *= factor
         normal += offset
         if missing.any():
             normal[missing] = 0
-        return normal, valid
+        return normal, np.logical_not(missing.all(axis=0))
+
+    def values(self, window: Window) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Pixels [C, h, w] in the raster's own units, and where the network gets none, bool [C, h, w]."""
+        pixels = self.raster.read(window, masked=True)
+        missing: NDArray[np.bool_] = np.ma.getmaskarray(pixels)
+        values = np.ma.getdata(pixels)
+        if np.issubdtype(values.dtype, np.floating):
+            broken = ~np.isfinite(values) & ~_named(values, self.raster.nodata)
+            missing = missing | broken.any(axis=0)
+            values = np.where(missing, 0, values)
+        return values, missing
 
     def _affine(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """x * factor + offset is the normalisation, [C, 1, 1] each."""

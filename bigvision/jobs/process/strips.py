@@ -21,7 +21,7 @@ def strips(pieces: Iterator[Piece], core: Window, rows: int, kind: ResultKind) -
 
     Pieces come from top to bottom; a strip is handed out as soon as a piece begins below it.
     """
-    windows = _windows(core, rows)
+    windows = row_windows(core, rows)
     window = next(windows)
     strip = _blank(window, kind)
     for piece in pieces:
@@ -44,7 +44,8 @@ def strips(pieces: Iterator[Piece], core: Window, rows: int, kind: ResultKind) -
         yield _blank(window, kind), window
 
 
-def _windows(core: Window, rows: int) -> Iterator[Window]:
+def row_windows(core: Window, rows: int) -> Iterator[Window]:
+    """A window in strips of so many rows, from top to bottom."""
     end = core.row_off + core.height
     for top in range(core.row_off, end, rows):
         yield Window(core.col_off, top, core.width, min(rows, end - top))
