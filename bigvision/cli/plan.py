@@ -84,6 +84,8 @@ def _route_line(scene: str, options: "Options") -> str:
 
 def text(found: "RasterPlan") -> str:
     """The plan as aligned lines."""
+    from bigvision.streaming.checkpoints import rows_a_step
+
     channels, height, width = found.shape
     lines = [
         ("scene", f"{channels} bands, {height} x {width} ({height * width / 1e6:.1f} megapixels)"),
@@ -102,7 +104,7 @@ def text(found: "RasterPlan") -> str:
             ("streamed", f"{_size(streaming.forward_bytes)} of buffers ({found.dtype})"),
             (
                 "trained streamed",
-                f"{_size(streaming.training_bytes)}{disk}, {streaming.rows} rows a step, "
+                f"{_size(streaming.training_bytes)}{disk}, {rows_a_step(streaming.rows)}, "
                 f"{streaming.recomputation:.2f} forward passes done again",
             ),
         ]
@@ -114,15 +116,18 @@ def _job_lines(found: "RasterPlan") -> list[tuple[str, str]]:
     cut = found.cut
     if cut is None:
         return [("process", f"refused: {found.refused}")]
-    what = "tiles" if cut.engine == "tiles" else "streamed bands"
     return [
         (
             "process",
-            f"{what} of {cut.tile} px, halo {cut.halo} px, stride {cut.stride} px ({cut.exactness}), "
+            f"{cut.cut}, stride {cut.stride} px ({cut.exactness}), "
             f"{found.overhead:.2f} x the pixels, {found.dtype}",
         ),
         ("predicted peak", _size(cut.predicted_bytes)),
-        ("predicted time", f"{found.seconds:.0f} s here ({_rate(found):.2f} megapixels/s)"),
+        (
+            "computing time",
+            f"{found.seconds:.0f} s here ({_rate(found):.2f} megapixels/s); "
+            "starting, reading and writing come on top",
+        ),
         ("output", f"{_size(found.output_bytes)} before compression"),
     ]
 

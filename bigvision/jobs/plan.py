@@ -59,7 +59,8 @@ class RasterPlan:
         cut: how `bigvision process` would cut the scene; None, with `refused`, where it would refuse.
         overhead: pixels computed for each pixel of the scene.
         streaming: None, with `not_streamed`, where no streaming is possible.
-        seconds: predicted for `bigvision process` here, from the speed of one tile; 0 where refused.
+        seconds: of computing, predicted for `bigvision process` here from the speed of one tile, without its
+            start, reading and writing; 0 where refused.
         output_bytes: of the result before compression.
     """
 

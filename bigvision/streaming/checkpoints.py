@@ -111,7 +111,7 @@ def plan_checkpoints(choices: list[StepBytes], memory: int | None, scratch: int 
         least = min(choices, key=lambda one: one.working)
         raise BudgetError(
             f"a memory budget of {_size(memory or 0)} can't hold one differentiated step: "
-            f"with {least.rows} rows a step it takes {_size(least.working)}",
+            f"with {rows_a_step(least.rows)} it takes {_size(least.working)}",
             least.working,
         )
     plans = [_plan(one, memory, scratch) for one in fitting]
@@ -172,6 +172,11 @@ def _repetitions(n: int, s: int) -> int:
     while math.comb(s + r, s) < n:
         r += 1
     return r
+
+
+def rows_a_step(rows: int) -> str:
+    """`1 row a step`, `64 rows a step`."""
+    return f"{rows} row{'s' if rows > 1 else ''} a step"
 
 
 def _size(count: int) -> str:

@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from bigvision.graph.cost import flops
-from bigvision.streaming.checkpoints import BudgetError, CheckpointPlan
+from bigvision.streaming.checkpoints import BudgetError, CheckpointPlan, rows_a_step
 from bigvision.streaming.footprint import forward_bytes
 from bigvision.streaming.program import Program
 
@@ -79,7 +79,7 @@ def plan_rows(
             return choice, peak
     raise BudgetError(
         f"streaming {tuple(program.traced.shape)} takes at least {peak / 2**30:.2f} GiB "
-        f"({choices[-1]} rows a step; {process / 2**30:.2f} GiB are the process's own), "
+        f"({rows_a_step(choices[-1])}; {process / 2**30:.2f} GiB are the process's own), "
         f"more than the {memory / 2**30:.2f} GiB it may take",  # type: ignore[operator]
         peak,
     )

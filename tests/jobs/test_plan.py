@@ -10,6 +10,7 @@ import rasterio
 from typer.testing import CliRunner
 
 from bigvision.cli import app
+from bigvision.cli.plan import text
 from bigvision.jobs.plan import plan
 from bigvision.jobs.process.options import Options
 from bigvision.models.spec import load_model
@@ -91,9 +92,29 @@ def test_the_command_prints_and_writes_the_plan(scene: str, tmp_path: Path) -> N
     arguments = ["plan", scene, "--model", MODEL, "--dtype", "float32", "--json", str(report)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    for word in ("20000 x 300", "parameters", "run whole", "trained streamed", "predicted peak", "output"):
+    for word in (
+        "20000 x 300",
+        "parameters",
+        "run whole",
+        "trained streamed",
+        "predicted peak",
+        "computing time",
+    ):
         assert word in result.output
     assert json.loads(report.read_text())["shape"] == [4, 20_000, 300]
+
+
+def test_bands_that_need_no_halo_are_told_with_their_passes(scene: str, options: Options) -> None:
+    network = f"{Path(__file__).parent}/process_networks.py:gated_net?bands=4"
+    (line,) = (
+        line
+        for line in text(plan(scene, replace(options, model=network))).splitlines()
+        if line.startswith("process")
+    )
+    assert "rows, read 3 times for the scene's statistics, stride 2 px (exact)" in line
+    assert "halo" not in line
+    (line,) = (line for line in text(plan(scene, options)).splitlines() if line.startswith("process"))
+    assert "rows with a halo of" in line
 
 
 def test_a_scene_of_other_bands_is_refused(tmp_path: Path, options: Options) -> None:

@@ -292,7 +292,7 @@ def test_a_source_that_fails_names_its_rows() -> None:
 
 def test_a_budget_too_small_says_the_least() -> None:
     streamed = StreamedModel(small_network(), (3, 64, 32))
-    with pytest.raises(BudgetError, match="with 1 rows a step it takes") as error:
+    with pytest.raises(BudgetError, match="with 1 row a step it takes") as error:
         plan_backward(streamed.program, torch.float32, Budget(memory=1000))
     assert "MiB" in str(error.value)
 
