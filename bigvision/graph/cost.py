@@ -104,11 +104,23 @@ def flops(node: fx.Node) -> int:
 
 def result_bytes(node: fx.Node) -> int:
     """Bytes of a node's own result; 0 for a view."""
-    if operator_name(node) in _VIEWS and node.op == "call_function":
+    if _is_view(node):
         return 0
     value = node.meta["val"]
     first = value[0] if isinstance(value, list | tuple) else value
     return first.numel() * first.element_size()
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a result is its input's own memory.
+
+    `torch.export` writes a dropout that is off as a clone without a memory format, some versions, or leaves
+    it out, others; run eagerly it gives its input back.
+    """
+    if node.op != "call_function":
+        return False
+    name = operator_name(node)
+    return name in _VIEWS or (name == "clone" and arguments(node)["memory_format"] is None)
 
 
 def _operator_cost(node: fx.Node) -> OperatorCost:
@@ -124,7 +136,7 @@ def _peak(traced: TracedGraph) -> int:
     last: dict[fx.Node, int] = {}
     for step, node in enumerate(order):
         sources = [source for source in node.all_input_nodes if source in base]
-        base[node] = base[sources[0]] if sources and operator_name(node) in _VIEWS else node
+        base[node] = base[sources[0]] if sources and _is_view(node) else node
         last |= {base[value]: step for value in (node, *sources)}
     last |= {base[output]: len(order) for output in traced.outputs}
     alive = peak = 0

@@ -54,3 +54,12 @@ def test_views_are_free() -> None:
     found = cost(trace(View(), (2, 4, 4)))
     assert [operator.flops for operator in found.operators][-1] == 24
     assert found.flops == 24
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_dropout_that_is_off_is_free(share: float) -> None:
+    network = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Dropout(share)).eval()
+    found, without = (cost(trace(model, (2, 8, 8))) for model in (network, network[:1]))
+    assert found.dense_bytes == without.dense_bytes
+    assert found.dense_peak_bytes == without.dense_peak_bytes
+    assert found.flops == without.flops
