@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bigvision.gating import Gate, LinearScorer, budget_loss, dense_weights, link_gradients
+from bigvision.gating import CosineScorer, Gate, LinearScorer, budget_loss, dense_weights, link_gradients
 from bigvision.routing.decision import Decision, region_statistics
 from bigvision.routing.experts import RegionExpert, Skip, first_output
 from bigvision.routing.gathering import computed_regions, weight_map, whole_maps
@@ -106,12 +106,18 @@ class RegionRouter(nn.Module):
             allowed: bool [B, R, S] or [B, R, S, E], the regions (and experts) that may be computed.
 
         Raises:
-            ValueError: other channels or shapes.
+            ValueError: other channels or shapes, a gate for another number of experts.
         """
         padded = self._padded(x)
         shape = (len(x), *self.grid(x.shape[-2], x.shape[-1]))
         may = self._allowed(x, shape, valid, allowed)
-        return Decision(self.gate(self.features(padded, self.region), allowed=may), shape)
+        gated = self.gate(self.features(padded, self.region), allowed=may)
+        if gated.mask.shape[1] != len(self.known):
+            raise ValueError(
+                f"the gate is for {gated.mask.shape[1]} experts, the regions have {len(self.known)} "
+                f"{tuple(self.names)}"
+            )
+        return Decision(gated, shape)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """R and S of an image of H x W pixels."""
@@ -268,9 +274,9 @@ def _common_shape(known: Sequence[RegionExpert]) -> tuple[int, Any]:
 
 
 def _check_gate(gate: Gate, names: Sequence[str], dim: int | None) -> None:
-    """A linear gate tells its features and experts before it is run; others are checked by running."""
+    """A gate with weights tells its features and experts before it is run; others are checked by running."""
     scorer = gate.scorer
-    if not isinstance(scorer, LinearScorer):
+    if not isinstance(scorer, LinearScorer | CosineScorer):
         return
     experts, features = scorer.weight.shape
     if experts != len(names) or (dim is not None and features != dim):

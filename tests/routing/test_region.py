@@ -8,7 +8,7 @@ from routing_networks import Hourglass, Told, convolutions, told
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bigvision.gating import Gate, LinearScorer, TopK
+from bigvision.gating import CosineScorer, Gate, LinearScorer, TopK
 from bigvision.routing import BudgetedTopOne, LowRes, RegionRouter, Skip, seconds
 
 CHANNELS, CLASSES, REGION = 3, 2, 16
@@ -250,6 +250,7 @@ def linear_gate(dim: int = 2 * CHANNELS, count: int = 4) -> Gate:
         ),
         (linear_gate(dim=10), EXPERTS, 16, ["10 features", "6 features"]),
         (linear_gate(count=3), EXPERTS, 16, ["3 experts", "4 experts"]),
+        (Gate(CosineScorer(6, 3), TopK(1)), EXPERTS, 16, ["3 experts", "4 experts"]),
         (linear_gate(), {}, 16, ["none"]),
         (linear_gate(), EXPERTS, 0, ["0"]),
     ],
@@ -275,6 +276,9 @@ def test_images_masks_and_decisions_that_do_not_fit_are_refused() -> None:
         router.compute(torch.randn(1, CHANNELS, 32, 40, dtype=torch.float64), router.decide(x))
     with pytest.raises(ValueError, match=r"0\.\.1.*1\.5"):
         router.budget_loss(router.decide(x), 1.5)
+    router.gate = told(torch.zeros(4).long(), 3)
+    with pytest.raises(ValueError, match=r"for 3 experts.*have 4"):
+        router.decide(x)
 
 
 @given(st.integers(1, 40), st.integers(0, 2**31), st.floats(0, 1), st.floats(0, 1))

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from bigvision.routing.boxes import Box
 from bigvision.routing.merging import merge, singles
-from bigvision.routing.pixel import entropy
+from bigvision.routing.pixel import entropy, margin
 from bigvision.routing.route_file import RouteSpec
 from bigvision.routing.scene import CHEAP, FULL, SceneRouter
 
@@ -72,9 +72,11 @@ def setup(budget: float = 0.3, max_pixels: int = 4 * REGION**2, **more: object) 
     return SceneRouter(source, cheap, full, spec, max_pixels=max_pixels), source
 
 
-@pytest.mark.parametrize("max_pixels", [REGION**2, 4 * REGION**2, 10**6])
-def test_every_region_is_its_network_over_the_whole_scene(max_pixels: int) -> None:
-    router, source = setup(max_pixels=max_pixels)
+@pytest.mark.parametrize(
+    ("max_pixels", "gate"), [(REGION**2, "entropy"), (4 * REGION**2, "margin"), (10**6, "entropy")]
+)
+def test_every_region_is_its_network_over_the_whole_scene(max_pixels: int, gate: str) -> None:
+    router, source = setup(max_pixels=max_pixels, gate=gate)
     canvas = Canvas(3, 75, 90)
     score, data = np.zeros(router.grid, np.float32), np.zeros(router.grid, bool)
     for box in router.blocks():
@@ -82,7 +84,7 @@ def test_every_region_is_its_network_over_the_whole_scene(max_pixels: int) -> No
         score[box.top : box.bottom, box.left : box.right] = block.score
         data[box.top : box.bottom, box.left : box.right] = block.data
     cheap = whole(router.experts[CHEAP].module, source, 1)
-    doubt = entropy(cheap[None])[0]
+    doubt = {"entropy": entropy, "margin": margin}[gate](cheap[None])[0]
     for r, c in np.ndindex(*router.grid):
         part = (slice(r * REGION, (r + 1) * REGION), slice(c * REGION, (c + 1) * REGION))
         shown = torch.from_numpy(source.valid[part])
