@@ -1,5 +1,6 @@
 """ROUTE.toml, records of decisions, and grids that are shifted."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -215,12 +216,13 @@ def _nowhere(path: Path) -> Raster:
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "fits"), [(2012, 2015, True), (2017, 2018, True), (2009, 2012, False)]
+    ("one", "other"), itertools.combinations((2009, 2012, 2015, 2017, 2018, 2020), 2), ids=str
 )
-def test_real_revisits(shared_data: Path, one: int, other: int, fits: bool) -> None:
+def test_real_revisits(shared_data: Path, one: int, other: int) -> None:
+    """Of the six dates two pairs share a grid; the others lie a part of a pixel apart."""
     (a,), (b,) = (list((shared_data / "rasters" / "naip").glob(f"*_{year}*.tif")) for year in (one, other))
-    if fits:
+    if (one, other) in ((2012, 2015), (2017, 2018)):
         check_same_grid(open_raster(a), open_raster(b))
     else:
-        with pytest.raises(GridError, match=r"0 columns and -0\.4 rows"):
+        with pytest.raises(GridError, match=r"by -?0(\.\d)? columns and -?0\.\d rows"):
             check_same_grid(open_raster(a), open_raster(b))
