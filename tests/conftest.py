@@ -1,6 +1,5 @@
 """What every room's tests share."""
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,3 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("real data not at hand: ../shared/data is absent")
     return folder
-
-
-# torch logs every shape it traces at debug level; pytest would keep all of it, gigabytes in a long test.
-logging.getLogger("torch.__trace").propagate = False
