@@ -21,6 +21,7 @@ from bigvision.gating import (
     apply_experts,
     importance_loss,
     load_loss,
+    threshold,
 )
 
 Exchange = Callable[[Tensor, Routing, Sequence[Any]], Tensor]
@@ -87,7 +88,8 @@ class InstanceRouter(nn.Module):
 class EarlyExit(nn.Module):
     """Dynamic depth: an image leaves at the first head that is sure of it.
 
-    In training every head sees every image; in evaluation a stage runs on the images that are still there.
+    The heads are the gate: their probabilities meet a threshold. In training (:meth:`forward`) every head sees
+    every image; in evaluation (:meth:`exits`) a stage runs on the images that are still there.
 
     Args:
         stages: modules in sequence.
@@ -124,7 +126,7 @@ class EarlyExit(nn.Module):
             x = stage(x)
             logits = head(x)
             result = logits.new_zeros(len(depth), logits.shape[1]) if result is None else result
-            sure = logits.float().softmax(1).amax(1) >= self.confidence
+            sure = threshold(logits.float().softmax(1), self.confidence).any(1)
             leaves = sure if number + 1 < len(self.stages) else torch.ones_like(sure)
             result[here[leaves]] = logits[leaves]
             depth[here[leaves]] = number

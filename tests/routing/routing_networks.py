@@ -1,5 +1,8 @@
 """Small networks with different strides, halos and operators, and a gate that does as it is told."""
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -57,3 +60,17 @@ def told(experts: Tensor, count: int) -> Gate:
     """A gate that routes region t to experts[t] with weight 1."""
     logits = torch.nn.functional.one_hot(experts.flatten(), count).float() * 4
     return Gate(Told(logits), straight=True)
+
+
+def convolved_pixels(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Output pixels of every convolution from now on, in the order in which they run."""
+    pixels: list[int] = []
+    original = functional.conv2d
+
+    def counted(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = original(x, *args, **kwargs)
+        pixels.append(y.shape[0] * y.shape[-2] * y.shape[-1])
+        return y
+
+    monkeypatch.setattr(functional, "conv2d", counted)
+    return pixels

@@ -4,12 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from routing_networks import told
 from torch import Tensor, nn
+from torch.nn import functional
 
 from bigvision.gating import Gate, LinearScorer, Noise, TopK
 from bigvision.routing.instance import EarlyExit, InstanceRouter, SlimBlock, WidthRouter, image_statistics
@@ -56,6 +59,88 @@ def test_images_leave_where_a_head_is_sure_and_later_stages_see_the_rest_only() 
     every = network(x)
     assert torch.equal(logits, torch.stack([every[d][b] for b, d in enumerate(depth.tolist())]))
     assert network.exits(x[:0])[0].shape == (0, 2)
+
+
+def easy_and_hard(images: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Images [B, 2, 4, 4], classes, and whether the first channel alone tells them (else two signs must agree)."""
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.randn(images, 2, generator=generator)
+    easy = torch.rand(images, generator=generator) < 0.6
+    centre[easy, 0] = 4 * centre[easy, 0].sign()
+    label = torch.where(easy, centre[:, 0] > 0, centre.prod(1) > 0)
+    noise = torch.randn(images, 2, 4, 4, generator=generator)
+    return centre[..., None, None] + 0.1 * noise, label.long(), easy
+
+
+def rows_entering(modules: Sequence[nn.Module]) -> list[int]:
+    """Rows that enter each module from now on, counted as they come."""
+    rows = [0] * len(modules)
+
+    def count(number: int, inputs: tuple[Tensor, ...]) -> None:
+        rows[number] += len(inputs[0])
+
+    for number, module in enumerate(modules):
+        module.register_forward_pre_hook(lambda _, inputs, number=number: count(number, inputs))
+    return rows
+
+
+def test_early_exits_learn_end_to_end_and_then_skip_what_is_easy() -> None:
+    torch.manual_seed(0)
+    deep = nn.Sequential(nn.Conv2d(2, 24, 1), nn.Tanh(), nn.Conv2d(24, 24, 1), nn.Tanh())
+    stages: list[nn.Module] = [nn.Conv2d(2, 2, 1), deep]
+    heads = [nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 2)) for c in (2, 24)]
+    network = EarlyExit(stages, heads, 0.9)
+    optimizer = torch.optim.Adam(network.parameters(), 0.03)
+    x, label, _ = easy_and_hard(256, seed=1)
+    losses = []
+    for _ in range(150):
+        loss = sum(functional.cross_entropy(logits, label) for logits in network(x))
+        optimizer.zero_grad()
+        loss.backward()
+        # The heads decide who leaves: each learns, and so does all before it.
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    x, label, easy = easy_and_hard(400, seed=2)
+    network.eval()
+    rows = rows_entering(stages)
+    logits, depth = network.exits(x)
+    # The second stage sees the images that stayed and no other: nearly all hard ones, few easy ones.
+    assert rows == [400, int((depth == 1).sum())]
+    assert (depth[easy] == 0).float().mean() > 0.9 and (depth[~easy] == 1).float().mean() > 0.7
+    right = (logits.argmax(1) == label).float()
+    alone = (network(x)[0].argmax(1) == label).float()
+    assert right.mean() > 0.9 > alone.mean()
+
+
+def test_only_the_images_of_an_expert_enter_it() -> None:
+    experts = [nn.Conv2d(2, 3, 3, padding=1) for _ in range(4)]
+    rows = rows_entering(experts)
+    router = InstanceRouter(told(torch.tensor([3, 0, 3, 3, 0]), 4), experts)
+    x = torch.randn(5, 2, 8, 8)
+    with torch.no_grad():
+        router(x)
+    assert rows == [2, 0, 0, 3]
+    router(x).sum().backward()
+    assert rows == [4, 0, 0, 6]
+    assert experts[1].weight.grad is None and experts[3].weight.grad is not None
+
+
+def test_only_the_selected_channels_of_an_image_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    worked: list[tuple[int, ...]] = []
+    original = functional.conv2d
+
+    def counted(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        worked.append((len(x), *weight.shape[:2]))
+        return original(x, weight, *args, **kwargs)
+
+    router = WidthRouter(told(torch.tensor([2, 0, 0, 2, 0]), 3), SlimBlock(2, 8), (1, 3, 8))
+    x = torch.randn(5, 2, 6, 6)
+    monkeypatch.setattr(functional, "conv2d", counted)
+    router(x)
+    # (images, channels out, channels in): three images through 1 channel, none through 3, two through 8.
+    assert worked == [(3, 1, 2), (3, 2, 1), (2, 8, 2), (2, 2, 8)]
 
 
 def test_widths_share_one_block() -> None:

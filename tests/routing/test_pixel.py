@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from routing_networks import Hourglass, convolutions
+from routing_networks import Hourglass, convolutions, convolved_pixels
+from torch import nn
 
 from bigvision.routing.pixel import PixelRefiner, entropy, margin
 
@@ -43,6 +44,24 @@ def test_gradients_reach_image_coarse_result_and_network(refiner: PixelRefiner) 
         found.append(torch.autograd.grad(refiner(x, coarse, mask).square().sum(), wanted))
     for one, other in zip(*found, strict=True):
         assert torch.allclose(one, other, atol=1e-10)
+
+
+@pytest.mark.parametrize("at", [[], [(0, 2, 3)], [(0, 2, 3), (0, 2, 4), (1, 7, 9)]])
+def test_only_the_neighbourhoods_of_selected_pixels_are_computed(
+    at: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1)).eval()
+    refiner = PixelRefiner(network, 2, dense_above=1.0)
+    mask = torch.zeros(2, HEIGHT, WIDTH, dtype=torch.bool)
+    for pixel in at:
+        mask[pixel] = True
+    x, coarse = torch.randn(2, 2, HEIGHT, WIDTH), torch.randn(2, 3, HEIGHT, WIDTH)
+    refiner(x, coarse, mask)  # traced
+    made = convolved_pixels(monkeypatch)
+    with torch.no_grad():
+        refiner(x, coarse, mask)
+    # The second layer gives the pixel, the first its 3 x 3 neighbours.
+    assert made == ([len(at) * 9, len(at)] if at else [])
 
 
 def test_pointwise_networks_pay_up_to_a_full_mask_and_halos_only_below() -> None:

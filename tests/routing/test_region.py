@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from routing_networks import Hourglass, Told, convolutions, told
+from routing_networks import Hourglass, Told, convolutions, convolved_pixels, told
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -152,32 +152,12 @@ def test_measured_latency_becomes_the_cost() -> None:
     assert cost[0] == 0 and (cost[1:] > 0).all() and torch.equal(cost, router.cost)
 
 
-class Counting(nn.Module):
-    """Pixels that an expert really computed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 1, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
-
-
 def test_skipped_work_is_really_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels: list[int] = []
-    original = functional.conv2d
-
-    def counted(x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        y = original(x, *args, **kwargs)
-        pixels.append(y.shape[0] * y.shape[-2] * y.shape[-1])
-        return y
-
-    router = RegionRouter(
-        told(torch.tensor([0] * 15 + [1]), 2), {"skip": Skip(1), "full": Counting().eval()}, 8
-    )
+    full = nn.Conv2d(1, 1, 3, padding=1).eval()
+    router = RegionRouter(told(torch.tensor([0] * 15 + [1]), 2), {"skip": Skip(1), "full": full}, 8)
     x = torch.randn(1, 1, 32, 32)
     router(x)  # traced
-    monkeypatch.setattr(functional, "conv2d", counted)
+    pixels = convolved_pixels(monkeypatch)
     router(x)
     assert pixels == [8 * 8]  # one convolution on one region
 

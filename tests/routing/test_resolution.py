@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from routing_networks import convolved_pixels
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -51,6 +52,20 @@ def test_a_seam_is_padded_from_the_neighbour_at_the_right_resolution(mixed: Mixe
             half = torch.cat([functional.avg_pool2d(left, 2), right], -1)
             assert i < 2
         assert torch.allclose(mixed(x, torch.tensor([[[0, 1]]])), full, atol=1e-12)
+
+
+def test_each_region_is_computed_at_its_own_resolution_only(
+    mixed: MixedResolution, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(2, 2, 16, 24, dtype=torch.float64)
+    level = torch.tensor([[[0, 2, 2], [2, 2, 1]], [[2, 2, 2], [2, 0, 1]]])
+    mixed(x, level)  # traced
+    made = convolved_pixels(monkeypatch)
+    with torch.no_grad():
+        mixed(x, level)
+    # Regions of 8 x 8 px: two in full, two at half, eight at a quarter; with halos of one layer, no more.
+    interior = 2 * 8 * 8 + 2 * 4 * 4 + 8 * 2 * 2
+    assert sum(made) == 2 * interior  # two layers
 
 
 def test_gradients_reach_the_image(mixed: MixedResolution) -> None:
