@@ -88,8 +88,8 @@ class InstanceRouter(nn.Module):
 class EarlyExit(nn.Module):
     """Dynamic depth: an image leaves at the first head that is sure of it.
 
-    The heads are the gate: their probabilities meet a threshold. In training (:meth:`forward`) every head sees
-    every image; in evaluation (:meth:`exits`) a stage runs on the images that are still there.
+    The heads are the gate: their probabilities meet a threshold. In training (:meth:`forward`) every head
+    sees every image; in evaluation (:meth:`exits`) a stage runs on the images that are still there.
 
     Args:
         stages: modules in sequence.

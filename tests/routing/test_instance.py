@@ -62,7 +62,7 @@ def test_images_leave_where_a_head_is_sure_and_later_stages_see_the_rest_only() 
 
 
 def easy_and_hard(images: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images [B, 2, 4, 4], classes, and whether the first channel alone tells them (else two signs must agree)."""
+    """Images [B, 2, 4, 4], classes, and whether one channel tells them (else two signs must agree)."""
     generator = torch.Generator().manual_seed(seed)
     centre = torch.randn(images, 2, generator=generator)
     easy = torch.rand(images, generator=generator) < 0.6
