@@ -15,7 +15,6 @@ from bigvision.gating import (
     Experts,
     Gate,
     Gated,
-    LinearScorer,
     Routing,
     TopK,
     apply_experts,
@@ -23,6 +22,7 @@ from bigvision.gating import (
     load_loss,
     threshold,
 )
+from bigvision.routing.fitting import check_alike, check_features, check_gate, made_of
 
 Exchange = Callable[[Tensor, Routing, Sequence[Any]], Tensor]
 
@@ -31,6 +31,11 @@ def image_statistics(x: Tensor) -> Tensor:
     """Mean and standard deviation of each channel: float [B, 2C] of images [B, C, H, W]."""
     wide = x if x.dtype == torch.float64 else x.float()
     return torch.cat([wide.mean((2, 3)), wide.std((2, 3), correction=0)], 1)
+
+
+def _kind(module: nn.Module, x: Tensor) -> Any:
+    """What the shapes of results depend on."""
+    return x.shape[1:], x.dtype, x.device, module.training, torch.is_autocast_enabled(x.device.type)
 
 
 class InstanceRouter(nn.Module):
@@ -45,7 +50,7 @@ class InstanceRouter(nn.Module):
         features: of images, [B, D]; mean and standard deviation of each channel by default.
 
     Raises:
-        ValueError: no experts, or a linear gate over another number of experts.
+        ValueError: no experts, or a gate over another number of experts.
     """
 
     def __init__(
@@ -57,22 +62,42 @@ class InstanceRouter(nn.Module):
         features: Callable[[Tensor], Tensor] = image_statistics,
     ) -> None:
         super().__init__()
+        if exchange is None:
+            if not experts:
+                raise ValueError("a router needs at least one expert, got none")
+            check_gate(gate, range(len(experts)), None, "images")
         self.gate, self.features, self.exchange = gate, features, exchange
-        count = len(gate.scorer.weight) if isinstance(gate.scorer, LinearScorer) else len(experts)
-        if exchange is None and (not experts or count != len(experts)):
-            raise ValueError(f"the gate is over {count} experts, got {len(experts)}")
         self.experts = Experts(experts)
+        self._fit: set[Any] = set()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, ...]: the weighted sum of each image's experts."""
         return self.run(x)[0]
 
     def run(self, x: Tensor) -> tuple[Tensor, Gated]:
-        """The results, and the decision that the losses need."""
+        """The results, and the decision that the losses need.
+
+        The first time that images of a shape come, gate and experts are held against it and each other, by a
+        run on tensors without values. Experts on other ranks are compared by the exchange when they have run.
+
+        Raises:
+            ValueError: before anything is computed, a gate for other features, experts that differ in the
+                shape or dtype of what they return, or that don't take such images.
+        """
+        self._check(x)
         gated = self.gate(self.features(x))
         if self.exchange is not None:
             return self.exchange(x, gated.routing, list(self.experts.experts)), gated
         return self.experts(x, gated.routing), gated
+
+    def _check(self, x: Tensor) -> None:
+        kind = _kind(self, x)
+        if self.exchange is not None or kind in self._fit:
+            return  # ranks that refuse alone would leave the others waiting
+        experts = list(self.experts.experts)
+        check_features(self.gate, range(len(experts)), self.features, x)
+        check_alike("expert", [made_of(f"expert {i}", one, x) for i, one in enumerate(experts)], x)
+        self._fit.add(kind)
 
     def balance_loss(self, gated: Gated) -> Tensor:
         """Importance loss, plus the load loss where the gate has Gaussian noise and top-k (Shazeer 2017)."""
@@ -107,6 +132,7 @@ class EarlyExit(nn.Module):
         if not 0 <= confidence <= 1:
             raise ValueError(f"confidence must be in 0..1, got {confidence}")
         self.stages, self.heads, self.confidence = nn.ModuleList(stages), nn.ModuleList(heads), confidence
+        self._fit: set[Any] = set()
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Logits [B, K] of every head: what training needs."""
@@ -118,7 +144,15 @@ class EarlyExit(nn.Module):
 
     @torch.no_grad()
     def exits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, K] of the head that each image left at, and which that was, int64 [B]."""
+        """Logits [B, K] of the head that each image left at, and which that was, int64 [B].
+
+        Raises:
+            ValueError: heads that differ in K; found on tensors without values, before anything is computed.
+        """
+        kind = _kind(self, x)
+        if kind not in self._fit:
+            check_alike("head", made_of("the network", self, x) or (), x)
+            self._fit.add(kind)
         here = torch.arange(len(x), device=x.device)
         depth = torch.full((len(x),), len(self.stages) - 1, device=x.device)
         result: Tensor | None = None
@@ -169,7 +203,7 @@ class WidthRouter(nn.Module):
         widths: hidden channels, each in 1..hidden.
 
     Raises:
-        ValueError: widths outside of the block's, or a linear gate over another number of them.
+        ValueError: widths outside of the block's, or a gate for another number of them or other channels.
     """
 
     def __init__(self, gate: Gate, block: SlimBlock, widths: Sequence[int]) -> None:
@@ -177,12 +211,14 @@ class WidthRouter(nn.Module):
         hidden = block.into.out_channels
         if not widths or not all(1 <= width <= hidden for width in widths):
             raise ValueError(f"widths must be in 1..{hidden}, got {tuple(widths)}")
-        if isinstance(gate.scorer, LinearScorer) and len(gate.scorer.weight) != len(widths):
-            raise ValueError(f"the gate is over {len(gate.scorer.weight)} widths, got {tuple(widths)}")
+        check_gate(gate, tuple(widths), 2 * block.into.in_channels, "images")
         self.gate, self.block, self.widths = gate, block, tuple(widths)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] of the same."""
+        """[B, C, H, W] of the same; a ValueError for other channels."""
+        channels = self.block.into.in_channels
+        if x.dim() != 4 or x.shape[1] != channels:
+            raise ValueError(f"x must be [B, {channels}, H, W], got {list(x.shape)}")
         gated = self.gate(image_statistics(x))
         experts = [partial(self.block, width=width) for width in self.widths]
         return apply_experts(x, gated.routing, experts, out_shape=x.shape[1:])

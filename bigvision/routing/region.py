@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bigvision.gating import CosineScorer, Gate, LinearScorer, budget_loss, dense_weights, link_gradients
+from bigvision.gating import Gate, budget_loss, dense_weights, link_gradients
 from bigvision.routing.decision import Decision, region_statistics
 from bigvision.routing.experts import RegionExpert, Skip, first_output
+from bigvision.routing.fitting import check_gate
 from bigvision.routing.gathering import computed_regions, weight_map, whole_maps
 from bigvision.routing.latency import region_seconds
 from bigvision.routing.pasting import Piece, paste
@@ -88,7 +89,7 @@ class RegionRouter(nn.Module):
         self.out_channels, self.scale = _common_shape(self.known)
         for one in self.known:
             one.check_region(region)
-        _check_gate(gate, self.names, 2 * self.channels if features is None else None)
+        check_gate(gate, self.names, 2 * self.channels if features is None else None, "regions")
         flops = torch.tensor([one.flops_per_pixel * region**2 for one in self.known])
         self.register_buffer("cost", flops)
         self.register_buffer("pace", torch.ones(len(self.known)))
@@ -271,17 +272,3 @@ def _common_shape(known: Sequence[RegionExpert]) -> tuple[int, Any]:
                 f"resolution, {one.name!r} {b.channels} at 1/{b.scale}"
             )
     return first.shape.channels, first.shape.scale
-
-
-def _check_gate(gate: Gate, names: Sequence[str], dim: int | None) -> None:
-    """A gate with weights tells its features and experts before it is run; others are checked by running."""
-    scorer = gate.scorer
-    if not isinstance(scorer, LinearScorer | CosineScorer):
-        return
-    experts, features = scorer.weight.shape
-    if experts != len(names) or (dim is not None and features != dim):
-        raise ValueError(
-            f"the gate is for {features} features and {experts} experts, the regions have "
-            f"{features if dim is None else dim} features (two a channel) and {len(names)} experts "
-            f"{tuple(names)}"
-        )

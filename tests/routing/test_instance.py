@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from routing_networks import told
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bigvision.gating import Gate, LinearScorer, Noise, TopK
+from bigvision.gating import CosineScorer, Gate, LinearScorer, Noise, TopK
 from bigvision.routing.instance import EarlyExit, InstanceRouter, SlimBlock, WidthRouter, image_statistics
 
 
@@ -158,7 +159,7 @@ def test_widths_share_one_block() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"4 experts, got 2"):
+    with pytest.raises(ValueError, match=r"4 experts, the images have .* 2 experts"):
         InstanceRouter(Gate(LinearScorer(4, 4)), [nn.Identity()] * 2)
     with pytest.raises(ValueError, match=r"2 stages and 1 heads"):
         EarlyExit([nn.Identity()] * 2, [nn.Identity()], 0.5)
@@ -166,8 +167,109 @@ def test_what_does_not_fit_is_refused() -> None:
         EarlyExit([nn.Identity()], [nn.Identity()], 1.5)
     with pytest.raises(ValueError, match=r"1\.\.6.*\(1, 7\)"):
         WidthRouter(Gate(LinearScorer(4, 2)), SlimBlock(2, 6), (1, 7))
+    with pytest.raises(ValueError, match=r"for 6 features and 2 experts.*have 4 features"):
+        WidthRouter(Gate(LinearScorer(6, 2)), SlimBlock(2, 6), (1, 6))
+    with pytest.raises(ValueError, match=r"4 features and 3 experts.*2 experts \(1, 6\)"):
+        WidthRouter(Gate(CosineScorer(4, 3)), SlimBlock(2, 6), (1, 6))
+    with pytest.raises(ValueError, match=r"\[B, 2, H, W\], got \[1, 3, 4, 4\]"):
+        WidthRouter(Gate(LinearScorer(4, 2)), SlimBlock(2, 6), (1, 6))(torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="none"):
+        InstanceRouter(Gate(LinearScorer(4, 2)), [])
     with pytest.raises(ValueError, match="0"):
         SlimBlock(2, 6)(torch.zeros(1, 2, 3, 3), 0)
+
+
+class Noted(nn.Module):
+    """A convolution that notes what it saw, normalises with a memory and caches a tensor of its own."""
+
+    def __init__(self, channels: int, classes: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, classes, 3, stride, padding=1)
+        self.norm = nn.BatchNorm2d(classes)
+        self.seen: list[int] = []
+        self.ramp: dict[int, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(len(x))
+        ramp = self.ramp.setdefault(x.shape[-1], torch.arange(float(x.shape[-1])))
+        return self.norm(self.conv(x * ramp))
+
+
+class ByValue(nn.Module):
+    """What it returns depends on the pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if float(x.mean()) > 0 else -x
+
+
+@pytest.mark.parametrize(
+    ("gate", "experts", "words"),
+    [
+        (Gate(LinearScorer(4, 2)), [Noted(2, 3), Noted(2, 5)], ["expert 0", "[3, 6, 6]", "1", "[5, 6, 6]"]),
+        (Gate(LinearScorer(4, 2)), [Noted(2, 3), Noted(2, 3, 2)], ["[3, 6, 6]", "[3, 3, 3]"]),
+        (Gate(LinearScorer(4, 2)), [Noted(2, 3), Noted(2, 3).double()], ["expert 1", "[2, 6, 6]", "type"]),
+        (Gate(LinearScorer(4, 2)), [Noted(2, 3), Noted(4, 3)], ["expert 1", "[2, 6, 6]", "4 channels"]),
+        (Gate(LinearScorer(6, 2)), [Noted(2, 3), Noted(2, 3)], ["6 features", "[2, 6, 6] have 4"]),
+        (Gate(CosineScorer(10, 2)), [Noted(2, 3), Noted(2, 3)], ["10 features", "[2, 6, 6] have 4"]),
+    ],
+)
+def test_experts_and_gates_that_do_not_fit_are_refused_before_any_expert_runs(
+    gate: Gate, experts: list[Noted], words: list[str]
+) -> None:
+    router = InstanceRouter(gate, experts)
+    with pytest.raises(ValueError) as refusal:
+        router(torch.randn(5, 2, 6, 6))
+    assert all(word in str(refusal.value) for word in words), refusal.value
+    for expert in experts:
+        assert not expert.seen and not expert.ramp and not expert.norm.num_batches_tracked
+
+
+def test_the_check_leaves_nothing_behind() -> None:
+    experts = [Noted(2, 3), Noted(2, 3)]
+    router = InstanceRouter(told(torch.tensor([0, 0, 1]), 2), experts)
+    rows = rows_entering(experts)
+    state = torch.get_rng_state()
+    for side in (6, 6, 8, 6):
+        assert router(torch.zeros(3, 2, side, side)).shape == (3, 3, side, side)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [expert.seen for expert in experts] == [[2] * 4, [1] * 4]
+    assert experts[0].norm.num_batches_tracked == 4
+    assert all(type(ramp) is Tensor for ramp in experts[0].ramp.values())
+    assert rows == [8, 4]  # hooks see true work only
+
+
+def test_experts_that_only_values_decide_are_compared_when_they_run() -> None:
+    router = InstanceRouter(told(torch.tensor([0, 1]), 2), [ByValue(), nn.Conv2d(2, 3, 1)])
+    with pytest.raises(ValueError, match=r"expert 1 rows of \[3, 6, 6\], an earlier one \[2, 6, 6\]"):
+        router(torch.randn(2, 2, 6, 6))
+
+
+def test_heads_that_differ_are_refused_before_any_stage_runs() -> None:
+    stages: list[nn.Module] = [nn.Linear(2, 4), nn.Linear(4, 4)]
+    rows = rows_entering(stages)
+    network = EarlyExit(stages, [nn.Linear(4, 2), nn.Linear(4, 3)], 0.5)
+    with pytest.raises(ValueError, match=r"head 0 float32 \[2\], head 1 float32 \[3\]"):
+        network.exits(torch.randn(3, 2))
+    assert rows == [0, 0]
+
+
+class Locked(nn.Module):
+    """What can't be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.lock:
+            return x
+
+
+@pytest.mark.parametrize("expert", [nn.LazyConv2d(2, 1), ByValue(), Locked()])
+def test_experts_that_cannot_be_held_against_a_shape_still_run(expert: nn.Module) -> None:
+    x = torch.randn(1, 2, 6, 6)
+    y = InstanceRouter(told(torch.tensor([0]), 1), [expert])(x)
+    assert torch.equal(y, expert(x))
 
 
 def test_networks_spread_over_ranks_equal_one_process(tmp_path: Path) -> None:
