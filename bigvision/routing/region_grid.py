@@ -51,7 +51,8 @@ class RegionGrid:
     def out(self, box: Box) -> Box:
         """A box of regions in pixels of the output."""
         inside = box.scaled(self.region).clipped(*self.size)
-        return Box(*(int(side / self.scale) for side in inside))
+        above, below = self.scale.denominator, self.scale.numerator
+        return Box(*(side * above // below for side in inside))
 
     def flops(self, box: Box, program: Program) -> float:
         """Of computing a box of regions, halo included."""

@@ -114,10 +114,18 @@ class SceneRouter:
 
     def blocks(self) -> Iterator[Box]:
         """The scene cut into boxes of regions that are read and scored together."""
-        side = int(self._grids[CHEAP].limit ** 0.5)
+        side = self._block_side
         for row in range(0, self.grid[0], side):
             for col in range(0, self.grid[1], side):
                 yield Box(row, col, min(row + side, self.grid[0]), min(col + side, self.grid[1]))
+
+    def batches(self, mask: NDArray[np.bool_], expert: int) -> list[list[Rectangle]]:
+        """The rectangles of the selected regions, those that begin in one block together."""
+        side = self._block_side
+        found: dict[tuple[int, int], list[Rectangle]] = {}
+        for one in self.rectangles(mask, expert):
+            found.setdefault((one.box.top // side, one.box.left // side), []).append(one)
+        return [found[block] for block in sorted(found)]
 
     @torch.inference_mode()
     def score(self, box: Box, emit: Emit) -> Block:
@@ -197,6 +205,11 @@ class SceneRouter:
         return self._grids[expert].flops(box, self.programs[expert])
 
     # --- windows
+
+    @property
+    def _block_side(self) -> int:
+        """Of a block, in regions."""
+        return int(self._grids[CHEAP].limit ** 0.5)
 
     def _padded(self, one: RegionExpert) -> tuple[int, int]:
         _, height, width = self.source.shape

@@ -9,8 +9,11 @@ where the operator pads.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import fx
 
 from bigvision.graph import Layout, TracedGraph
@@ -54,6 +57,11 @@ class Interval:
     start: int
     stop: int
     cuts: tuple[Cut, ...]
+
+    @cached_property
+    def kept(self) -> NDArray[np.float64]:
+        """The rows that every operator computes."""
+        return np.array([cut.keep for cut in self.cuts], np.float64)
 
 
 class Windows:

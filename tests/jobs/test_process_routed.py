@@ -13,10 +13,11 @@ from rasterio.crs import CRS
 from bigvision.jobs.process import Options, run_scene
 from bigvision.jobs.process import routed as routed_module
 from bigvision.jobs.process.route_forecast import forecast_route
+from bigvision.jobs.process.route_state import UNSURE, RouteState
 from bigvision.jobs.process.run import Watcher
 from bigvision.models.spec import load_model
+from bigvision.routing.boxes import Box
 from bigvision.routing.record import load_record
-from bigvision.routing.scene import SceneRouter
 from tiling import open_raster
 
 FULL = "bigvision.models.small_unet:small_unet?in_channels=2&classes=3&width=8"
@@ -121,14 +122,15 @@ def test_a_run_killed_while_it_overwrites_a_region_knows_that_it_is_unsure(
 ) -> None:
     scene = write(tmp_path / "scene.tif", pixels)
     run_scene((scene,), tmp_path / "cheap.zarr", options(tmp_path, 0.0))
-    compute = SceneRouter.compute
+    mark = RouteState.mark
 
-    def killed(self: SceneRouter, *given: object) -> None:
-        compute(self, *given)  # the pixels are stored, but not yet noted
-        raise KeyboardInterrupt
+    def killed(self: RouteState, cells: list[Box], what: int) -> None:
+        if what != UNSURE:  # the pixels are stored, but not yet noted
+            raise KeyboardInterrupt
+        mark(self, cells, what)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SceneRouter, "compute", killed)
+        patch.setattr(RouteState, "mark", killed)
         with pytest.raises(KeyboardInterrupt):
             run_scene((scene,), tmp_path / "out.zarr", options(tmp_path, 0.5))
     run_scene((scene,), tmp_path / "out.zarr", options(tmp_path, 0.0))

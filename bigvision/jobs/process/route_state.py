@@ -11,7 +11,7 @@ import numpy as np
 
 from bigvision.routing.boxes import Box
 from bigvision.routing.record import RouteRecord, load_record
-from tiling import Raster, RasterError, TileGrid, ZarrWriter, open_raster
+from tiling import Raster, RasterError, ZarrWriter, open_raster
 
 NOTHING, UNSURE = -2, -3  # nothing of a region is stored yet; it is being overwritten
 ROUTE_TAG = "BIGVISION_ROUTE_SHA256"  # in a result: which record tells where its regions went
@@ -77,8 +77,7 @@ def earlier_route(target: Path, base: str) -> tuple[RouteRecord, Raster] | None:
     return (record, result) if known else None
 
 
-def copy_pixels(result: Raster, writer: ZarrWriter, region: int) -> None:
-    """All pixels of a finished result into a store of whole regions."""
-    block = max(_BLOCK // region, 1) * region
-    for tile in TileGrid(result.height, result.width, block):
+def copy_pixels(result: Raster, writer: ZarrWriter) -> None:
+    """All pixels of a finished result into a store."""
+    for tile in writer.grid(_BLOCK):
         writer.write(result.read(tile.core), tile.core)

@@ -22,6 +22,7 @@ from bigvision.jobs.process.finishing import finish
 from bigvision.jobs.process.ledger import Ledger
 from bigvision.jobs.process.network import NetworkSpec, load_network
 from bigvision.jobs.process.options import Options
+from bigvision.jobs.process.region_store import RegionStore, file_side
 from bigvision.jobs.process.results import ResultKind
 from bigvision.jobs.process.route_state import (
     NOTHING,
@@ -160,8 +161,8 @@ class _Job:
         state: RouteState,
         watcher: RouteWatcher,
     ) -> None:
-        self.router, self.writer, self.kind, self.state = router, writer, kind, state
-        self.watcher = watcher
+        self.router, self.kind, self.state, self.watcher = router, kind, state, watcher
+        self.store = RegionStore(writer)
         self.pixels = 0
         self.seconds, self.flops = [0.0, 0.0], [0.0, 0.0]
 
@@ -181,6 +182,7 @@ class _Job:
                 continue
             begun = time.perf_counter()
             block = self.router.score(box, self._emit)
+            self.store.flush()
             self._count(CHEAP, self.router.rectangles(block.data, CHEAP, box), begun)
             self.state.score[part], self.state.data[part] = block.score, block.data
             self.state.stored[part] = np.where(block.data, CHEAP, -1)
@@ -191,12 +193,15 @@ class _Job:
         for expert in (CHEAP, FULL):
             stale = (wanted == expert) & (self.state.stored != expert)
             self._announce(f"{NAMES[expert]} network", stale)
-            for rectangle in self.router.rectangles(stale, expert):
+            for batch in self.router.batches(stale, expert):
                 begun = time.perf_counter()
-                self.state.mark(rectangle.cells, UNSURE)  # killed now, a region may show either network
-                self.router.compute(expert, rectangle, self._emit)
-                self._count(expert, [rectangle], begun)
-                self.state.mark(rectangle.cells, expert)
+                cells = [cell for rectangle in batch for cell in rectangle.cells]
+                self.state.mark(cells, UNSURE)  # killed now, a region may show either network
+                for rectangle in batch:
+                    self.router.compute(expert, rectangle, self._emit)
+                self.store.flush()
+                self._count(expert, batch, begun)
+                self.state.mark(cells, expert)
 
     def _announce(self, who: str, regions: NDArray[np.bool_]) -> None:
         if regions.any():
@@ -211,7 +216,7 @@ class _Job:
     def _emit(self, window: Window, logits: Tensor, valid: NDArray[np.bool_]) -> None:
         result = np.full((self.kind.bands, window.height, window.width), self.kind.nodata, self.kind.dtype)
         np.copyto(result, self.kind.convert(logits).numpy(), where=valid)
-        self.writer.write(result, window)
+        self.store.put(result, window)
         self.pixels += window.height * window.width
         self.watcher.computed(window.height * window.width)
 
@@ -244,15 +249,15 @@ def _open(
         nodata=kind.nodata,
         band_names=kind.band_names,
         colormap=kind.colormap,
-        chunk=route.region,
-        shard=route.region,
+        chunk=file_side(route.region),
+        shard=file_side(route.region),
         staging=ledger.pixels,
         overwrite=options.overwrite,
     )
     earlier = earlier_route(target, base)
     if earlier is not None:
         record, result = earlier
-        copy_pixels(result, writer, route.region)
+        copy_pixels(result, writer)
         state.take(record)
     state.save()
     ledger.begin({"base": base, "fingerprint": ""})
