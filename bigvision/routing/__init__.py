@@ -12,10 +12,12 @@ from bigvision.routing.instance import EarlyExit, InstanceRouter, SlimBlock, Wid
 from bigvision.routing.latency import seconds
 from bigvision.routing.merging import Rectangle, merge
 from bigvision.routing.pixel import PixelRefiner, entropy, margin
+from bigvision.routing.pixel_router import PixelRouter, pixel_statistics, uncertainty
 from bigvision.routing.plan import ExpertPlan, RoutePlan
 from bigvision.routing.record import RouteRecord, load_record
 from bigvision.routing.region import RegionRouter
 from bigvision.routing.resolution import MixedResolution
+from bigvision.routing.resolution_router import ResolutionRouter
 from bigvision.routing.route_file import RouteSpec, load_route, read_route, write_route
 from bigvision.routing.scene import SceneRouter
 from bigvision.routing.selection import BudgetedTopOne
@@ -33,9 +35,11 @@ __all__ = [
     "LowRes",
     "MixedResolution",
     "PixelRefiner",
+    "PixelRouter",
     "Rectangle",
     "RegionExpert",
     "RegionRouter",
+    "ResolutionRouter",
     "Revisited",
     "RoutePlan",
     "RouteRecord",
@@ -55,9 +59,11 @@ __all__ = [
     "load_route",
     "margin",
     "merge",
+    "pixel_statistics",
     "read_route",
     "region_statistics",
     "resampled",
     "seconds",
+    "uncertainty",
     "write_route",
 ]

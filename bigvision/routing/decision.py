@@ -41,12 +41,16 @@ class Decision:
         found = self.gated.probs.detach().gather(1, best.clamp(min=0)).squeeze(1)
         return torch.where(best.squeeze(1) >= 0, found, 0).view(self.shape)
 
-    def mask(self, expert: int) -> NDArray[np.bool_]:
-        """bool [B, R, S], the regions that an expert works on."""
+    def chosen(self, expert: int) -> Tensor:
+        """bool [B, R, S], the regions that an expert works on, where the gate's tensors are."""
         taken = self.gated.routing
-        chosen = torch.zeros(taken.num_tokens, dtype=torch.bool)
-        chosen[taken.token[taken.expert == expert].cpu()] = True
-        return chosen.view(self.shape).numpy()
+        chosen = torch.zeros(taken.num_tokens, dtype=torch.bool, device=taken.token.device)
+        chosen[taken.token[taken.expert == expert]] = True
+        return chosen.view(self.shape)
+
+    def mask(self, expert: int) -> NDArray[np.bool_]:
+        """:meth:`chosen` in numpy."""
+        return self.chosen(expert).cpu().numpy()
 
 
 def region_statistics(x: Tensor, region: int) -> Tensor:

@@ -17,7 +17,7 @@ _WINDOWS_AT_ONCE = 1 << 22  # pixels of neighbourhoods gathered at once
 
 
 class PixelRefiner(nn.Module):
-    """Replaces the pixels of a coarse result that a mask selects.
+    """Replaces the pixels of a coarse result that a mask selects; see :class:`PixelRouter` for a gate.
 
     Args:
         network: [B, C, H, W] -> [B, K, H, W] of stride 1 with an exact halo.
@@ -56,16 +56,11 @@ class PixelRefiner(nn.Module):
         Raises:
             ValueError: shapes that don't fit.
         """
-        shape = self.known.shape
-        expected = (len(x), shape.channels, *x.shape[-2:])
-        if (
-            tuple(coarse.shape) != expected
-            or mask.dtype != torch.bool
-            or mask.shape != (len(x), *x.shape[-2:])
-        ):
+        self.check(x, coarse)
+        if mask.dtype != torch.bool or mask.shape != (len(x), *x.shape[-2:]):
             raise ValueError(
-                f"for an image {list(x.shape)} coarse must be {list(expected)} and mask bool "
-                f"{[len(x), *x.shape[-2:]]}, got {list(coarse.shape)} and {mask.dtype} {list(mask.shape)}"
+                f"for an image {list(x.shape)} the mask must be bool {[len(x), *x.shape[-2:]]}, "
+                f"got {mask.dtype} {list(mask.shape)}"
             )
         chosen = int(mask.sum())
         if chosen == 0:
@@ -74,6 +69,19 @@ class PixelRefiner(nn.Module):
             return torch.where(mask[:, None], self.network(x), coarse)
         values, where = self._gathered(x, mask)
         return coarse.permute(0, 2, 3, 1).index_put(where, values.to(coarse.dtype)).permute(0, 3, 1, 2)
+
+    def check(self, x: Tensor, coarse: Tensor) -> None:
+        """Refuse an image and a coarse result that don't fit.
+
+        Raises:
+            ValueError: other channels or sizes.
+        """
+        expected = [len(x), self.known.shape.channels, *x.shape[-2:]]
+        if x.dim() != 4 or x.shape[1] != self.known.channels or list(coarse.shape) != expected:
+            raise ValueError(
+                f"x must be [B, {self.known.channels}, H, W] and coarse of its size with "
+                f"{self.known.shape.channels} channels, got {list(x.shape)} and {list(coarse.shape)}"
+            )
 
     def _gathered(self, x: Tensor, mask: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Values [N, K] of the selected pixels and where they are, those of like windows together."""

@@ -24,7 +24,8 @@ class MixedResolution(nn.Module):
     """Layers that run on each region at a resolution of its own.
 
     With all regions at full resolution it equals the layers in sequence, and with all at factor f the layers
-    over the image averaged down by f and interpolated up.
+    over the image averaged down by f and interpolated up. The levels are the caller's; see
+    :class:`ResolutionRouter` for a gate.
 
     Args:
         layers: modules of stride 1 without change of size, each with the halo of its own (a convolution, a
@@ -34,8 +35,8 @@ class MixedResolution(nn.Module):
         channels: C of the input.
 
     Raises:
-        ValueError: factors that don't ascend from at least 1 or don't divide the region, a layer with a
-            stride, one that no halo fits, or a halo larger than the coarsest region.
+        ValueError: no layers, factors that don't ascend from at least 1 or don't divide the region, a layer
+            with a stride, one that no halo fits, or a halo larger than the coarsest region.
     """
 
     def __init__(
@@ -43,6 +44,8 @@ class MixedResolution(nn.Module):
     ) -> None:
         super().__init__()
         factors = tuple(factors)
+        if not layers:
+            raise ValueError("at least one layer is needed, got none")
         if not factors or factors[0] < 1 or list(factors) != sorted(set(factors)):
             raise ValueError(f"factors must ascend from at least 1, got {factors}")
         if region < 1 or any(region % f for f in factors):
@@ -84,13 +87,23 @@ class MixedResolution(nn.Module):
             maps = [self._seen(made, level, k) for k in (range(1) if last else range(len(maps)))]
         return maps[0]
 
+    def grid(self, x: Tensor) -> tuple[int, int, int]:
+        """(B, R, S) of images [B, C, H, W]; a ValueError for other channels or sides."""
+        channels, region = self.known[0].channels, self.region
+        fits = x.dim() == 4 and x.shape[1] == channels and 0 not in x.shape
+        if not fits or x.shape[-2] % region or x.shape[-1] % region:
+            raise ValueError(
+                f"x must be [B, {channels}, H, W], not empty, its sides multiples of a region of {region} "
+                f"px, got {list(x.shape)}"
+            )
+        return len(x), x.shape[-2] // self.region, x.shape[-1] // self.region
+
     def _check(self, x: Tensor, level: Tensor) -> None:
-        height, width = x.shape[-2:]
-        grid = (len(x), height // self.region, width // self.region)
-        if height % self.region or width % self.region or tuple(level.shape) != grid:
+        grid = self.grid(x)
+        if tuple(level.shape) != grid:
             raise ValueError(
                 f"an image {list(x.shape)} in regions of {self.region} px has levels {list(grid)}, "
-                f"got {list(level.shape)}; its sides must be multiples of the region"
+                f"got {list(level.shape)}"
             )
         if level.numel() and not (int(level.min()) >= 0 and int(level.max()) < len(self.factors)):
             raise ValueError(

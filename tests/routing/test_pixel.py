@@ -78,8 +78,10 @@ def test_uncertainty_is_zero_when_sure_and_one_when_not() -> None:
 
 def test_what_does_not_fit_is_refused(refiner: PixelRefiner) -> None:
     x = torch.randn(1, 2, 4, 4, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"\[1, 3, 4, 4\].*\[1, 2, 4, 4\]"):
+    with pytest.raises(ValueError, match=r"3 channels, got \[1, 2, 4, 4\] and \[1, 2, 4, 4\]"):
         refiner(x, x, torch.ones(1, 4, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"mask must be bool \[1, 4, 4\], got torch.int64 \[1, 4\]"):
+        refiner(x, torch.zeros(1, 3, 4, 4).double(), torch.ones(1, 4).long())
     with pytest.raises(ValueError, match=r"1\.5"):
         PixelRefiner(torch.nn.Conv2d(2, 3, 1), 2, dense_above=1.5)
     with pytest.raises(ValueError, match="8"):
