@@ -35,7 +35,7 @@ class Area:
             return np.ones((window.height, window.width), bool)
         from rasterio.features import geometry_mask
 
-        shifted = transform * Affine.translation(window.col_off, window.row_off)
+        shifted = transform @ Affine.translation(window.col_off, window.row_off)
         inside: NDArray[np.bool_] = geometry_mask(
             self.geometry, (window.height, window.width), shifted, invert=True
         )
@@ -188,7 +188,7 @@ def _window_around(geometries: tuple[Geometry, ...], profile: Profile) -> Window
     for geometry in geometries:
         multi = geometry["type"] == "MultiPolygon"
         for polygon in geometry["coordinates"] if multi else [geometry["coordinates"]]:
-            corners += [(~profile.transform) * (point[0], point[1]) for point in polygon[0]]
+            corners += [(~profile.transform) @ (point[0], point[1]) for point in polygon[0]]
     # A thousandth of a pixel: edges that lie on pixel edges stay there in spite of rounding and bending.
     columns, rows = np.asarray(corners).T
     left, right = max(0, np.floor(columns.min() + 1e-3)), min(profile.shape[2], np.ceil(columns.max() - 1e-3))

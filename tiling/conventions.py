@@ -24,7 +24,7 @@ def describe(profile: Profile) -> Attributes:
     """Attributes of a raster's array or group: proj, spatial and `tiling`."""
     _, height, width = profile.shape
     a, b, c, d, e, f = profile.transform[:6]
-    corners = [profile.transform * corner for corner in ((0, 0), (width, 0), (0, height), (width, height))]
+    corners = [profile.transform @ corner for corner in ((0, 0), (width, 0), (0, height), (width, height))]
     xs, ys = zip(*corners, strict=True)
     spatial = zarr_cm.spatial.create(
         dimensions=["y", "x"],
@@ -54,7 +54,7 @@ def describe_levels(profile: Profile, levels: Sequence[tuple[int, int]], resampl
     for number, (height, width) in enumerate(levels):
         scale = float(2**number)
         relative = 2.0 if number else 1.0
-        transform = profile.transform * Affine.scale(scale)
+        transform = profile.transform @ Affine.scale(scale)
         item: Attributes = {
             "asset": str(number),
             "transform": {"scale": [relative, relative], "translation": [0.0, 0.0]},

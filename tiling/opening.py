@@ -101,7 +101,7 @@ def _at_resolution(
     size_x, size_y = _pixel_size(profile.transform)
     if (x, y) == (size_x, size_y):
         return source
-    transform = profile.transform * Affine.scale(x / size_x, y / size_y)
+    transform = profile.transform @ Affine.scale(x / size_x, y / size_y)
     # Rounded up, so that nothing of the raster is lost; a hair less than a whole pixel doesn't count.
     height = max(1, ceil(profile.shape[1] * size_y / y - 1e-6))
     width = max(1, ceil(profile.shape[2] * size_x / x - 1e-6))

@@ -43,7 +43,7 @@ class Raster:
         whole = source.profile
         chosen = tuple(range(whole.shape[0])) if bands is None else bands
         window = area.window if area else Window(0, 0, whole.shape[2], whole.shape[1])
-        shift = whole.transform * Affine.translation(window.col_off, window.row_off)
+        shift = whole.transform @ Affine.translation(window.col_off, window.row_off)
         profile = Profile(
             shape=(len(chosen), window.height, window.width),
             dtype=whole.dtype,

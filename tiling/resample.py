@@ -102,8 +102,8 @@ class ResampledHandle:
             return out, shown
         data = self.inner.read(around, bands)
         valid = self.inner.valid(around, bands, data)
-        here = self.source.target.transform * Affine.translation(window.col_off, window.row_off)
-        there = profile.transform * Affine.translation(around.col_off, around.row_off)
+        here = self.source.target.transform @ Affine.translation(window.col_off, window.row_off)
+        there = profile.transform @ Affine.translation(around.col_off, around.row_off)
         kind = _warped_dtype(profile.dtype)
         for band in range(len(bands)):
             # The second band is alpha: missing pixels take no part, and the result tells where none had data.
@@ -127,9 +127,9 @@ class ResampledHandle:
     def _inner_window(self, window: Window) -> Window:
         """The inner pixels under a window, with the reach of the widest resampling kernel around them."""
         target, profile = self.source.target, self.source.inner.profile
-        to_inner = ~profile.transform * target.transform
-        x0, y0 = to_inner * (window.col_off, window.row_off)
-        x1, y1 = to_inner * (window.col_off + window.width, window.row_off + window.height)
+        to_inner = ~profile.transform @ target.transform
+        x0, y0 = to_inner @ (window.col_off, window.row_off)
+        x1, y1 = to_inner @ (window.col_off + window.width, window.row_off + window.height)
         reach_x, reach_y = 4 * max(1.0, to_inner.a) + 2, 4 * max(1.0, to_inner.e) + 2
         left, right = max(0, int(x0 - reach_x)), min(profile.shape[2], int(x1 + reach_x) + 1)
         top, bottom = max(0, int(y0 - reach_y)), min(profile.shape[1], int(y1 + reach_y) + 1)

@@ -38,7 +38,7 @@ def grid_shift(previous: Raster, current: Raster) -> tuple[float, float]:
             f"{previous.name} has pixels of {a.a:g} x {a.e:g}, {current.name} of {b.a:g} x {b.e:g} "
             f"(rotation {a.b:g}, {a.d:g} and {b.b:g}, {b.d:g})"
         )
-    cols, rows = ~b * (a.c, a.f)
+    cols, rows = ~b @ (a.c, a.f)
     return float(cols), float(rows)
 
 

@@ -88,7 +88,7 @@ class RouteRecord:
     def save(self, path: Path) -> None:
         """A GeoTIFF of one pixel a region: band 1 the expert (255: no data), band 2 the score."""
         beside = path.with_name(f".{path.name}.partial")
-        transform = self.transform * Affine.scale(self.region)
+        transform = self.transform @ Affine.scale(self.region)
         experts = np.where(self.expert < 0, NOWHERE, self.expert).astype(np.float32)
         about = {"names": self.names, "region": self.region, "size": self.size, "made_by": self.made_by}
         height, width = self.expert.shape
@@ -142,7 +142,7 @@ def load_record(path: Path) -> RouteRecord:
         tuple(about["names"]),
         region,
         (int(about["size"][0]), int(about["size"][1])),
-        transform * Affine.scale(1 / region),
+        transform @ Affine.scale(1 / region),
         crs,
         str(about["made_by"]),
     )

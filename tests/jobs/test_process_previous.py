@@ -123,7 +123,7 @@ def test_a_shift_by_whole_strides_reuses_all_but_the_edges(tmp_path: Path) -> No
     first = write_scene(tmp_path / "first.tif", pixels)
     _, earlier = run(first, tmp_path / "first.zarr", options())
     # The later scene is a part: its upper and left edges, which the network sees, were none.
-    transform = TRANSFORM * Affine.translation(64, 32)
+    transform = TRANSFORM @ Affine.translation(64, 32)
     later = write_scene(tmp_path / "later.tif", pixels[:, 32:, 64:], transform=transform)
     _, exact = run(later, tmp_path / "exact.zarr", options())
     with pytest.raises(ValueError, match=r"by -64 columns and -32 rows.*: --resample-previous brings it"):
@@ -141,7 +141,7 @@ def test_a_shift_by_whole_strides_reuses_all_but_the_edges(tmp_path: Path) -> No
 def test_a_shift_by_parts_of_a_pixel_compares_interpolated_values(tmp_path: Path, tolerance: float) -> None:
     ramp = np.broadcast_to(2 * np.arange(SIZE[1], dtype=np.float32), (2, *SIZE))
     first = write_scene(tmp_path / "first.tif", ramp)
-    later = write_scene(tmp_path / "later.tif", ramp, transform=TRANSFORM * Affine.translation(0.6, 0))
+    later = write_scene(tmp_path / "later.tif", ramp, transform=TRANSFORM @ Affine.translation(0.6, 0))
     _, earlier = run(first, tmp_path / "first.zarr", options())
     _, exact = run(later, tmp_path / "exact.zarr", options())
     near = options(tmp_path / "first.zarr", tolerance=tolerance, resample_previous=True)

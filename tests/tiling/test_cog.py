@@ -95,7 +95,7 @@ def test_tiny_and_thin_rasters(write_tif, noise, tmp_path, size: tuple[int, int]
 
 
 @pytest.mark.parametrize(
-    "transform", [Affine.rotation(20) * Affine.scale(10, -10), Affine(10, 0, 5, 0, 10, 7), Affine.identity()]
+    "transform", [Affine.rotation(20) @ Affine.scale(10, -10), Affine(10, 0, 5, 0, 10, 7), Affine.identity()]
 )
 def test_any_transform_and_no_crs_survive(write_tif, noise, tmp_path, transform: Affine) -> None:
     source = open_raster(write_tif(noise(1), transform=transform, crs=None))

@@ -260,12 +260,12 @@ def test_to_xarray_has_coordinates_of_pixel_centres_and_the_crs(write_tif, noise
 
 
 @pytest.mark.parametrize(
-    "transform", [Affine.rotation(30) * Affine.scale(10, -10), Affine(10, 0, 5, 0, 10, 7), Affine.identity()]
+    "transform", [Affine.rotation(30) @ Affine.scale(10, -10), Affine(10, 0, 5, 0, 10, 7), Affine.identity()]
 )
 def test_any_transform_is_kept(write_tif, noise, transform: Affine) -> None:
     raster = open_raster(write_tif(noise(), transform=transform, crs=None))
     assert raster.transform.almost_equals(transform) and raster.crs is None
     part = raster.select(window=Window(3, 4, 10, 20))
-    assert part.shape == (3, 20, 10) and part.transform.almost_equals(transform * Affine.translation(3, 4))
+    assert part.shape == (3, 20, 10) and part.transform.almost_equals(transform @ Affine.translation(3, 4))
     assert np.array_equal(part.read(), raster[:, 4:24, 3:13])
     assert np.array_equal(part.select([3], Window(1, 1, 2, 2))[0], raster[2, 5:7, 4:6])
