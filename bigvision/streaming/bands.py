@@ -4,6 +4,9 @@ A band's share of a pass is its share of the whole image's schedule: every opera
 rows that the band's own rows or sums need, at the places of the whole image. So bands are exact whatever the
 network, can be computed anywhere in any order, and what they give adds up to the whole.
 
+Where passes keep values for later ones (`spill.py`), each band keeps its share of them, in a folder that all
+that compute bands can reach; a phase may only begin once every band of the one before it is done.
+
 Legend: a, b rows of a stage, half open; t step.
 """
 
@@ -20,7 +23,7 @@ from bigvision.streaming.forward import scanned
 from bigvision.streaming.held import Held, weights_of
 from bigvision.streaming.model import StreamedModel
 from bigvision.streaming.program import Pass, Program, Stage
-from bigvision.streaming.row_store import GivenRows
+from bigvision.streaming.row_store import GivenRows, RowStore
 from bigvision.streaming.scan import StepResult
 from bigvision.streaming.schedule import Schedule, schedule
 from bigvision.streaming.source import RowSource
@@ -36,7 +39,7 @@ class BandedStream:
     """A streamed network over one scene, band by band and phase by phase.
 
     Attributes:
-        model: prepared for the scene's shape.
+        model: prepared for the scene's shape; in its scratch folder, if it has one, passes keep their values.
         source: the scene.
     """
 
@@ -44,9 +47,14 @@ class BandedStream:
     source: RowSource
 
     @property
+    def program(self) -> Program:
+        """The network's stages and passes."""
+        return self.model.inference
+
+    @property
     def phases(self) -> int:
         """How many passes take statistics before the one that gives the output."""
-        return len(self.model.program.passes) - 1
+        return len(self.program.passes) - 1
 
     def sums(self, phase: int, band: Rows, before: Sequence[PhaseSums]) -> PhaseSums:
         """A band's part of a phase's sums.
@@ -64,7 +72,7 @@ class BandedStream:
     def merged(self, bands: Sequence[PhaseSums]) -> PhaseSums:
         """The whole sums of a phase, from all its bands' parts from top to bottom."""
         whole: PhaseSums = {}
-        for node, statistic in self.model.program.statistics.items():
+        for node, statistic in self.program.statistics.items():
             for part in (band[node.name] for band in bands if node.name in band):
                 known = whole.get(node.name)
                 whole[node.name] = part if known is None else statistic.merge(known, part)
@@ -80,13 +88,25 @@ class BandedStream:
         self, index: int, band: Rows, before: Sequence[PhaseSums], sums: dict[fx.Node, Sums]
     ) -> Iterator[StepResult]:
         """The steps of a pass over a band; its statistics are added up in `sums`."""
-        model, program = self.model, self.model.program
+        model, program = self.model, self.program
         walk, plan = banded(program.passes[index], schedule(program.passes[index], model.rows), band)
         with torch.no_grad():
             held = _held(program, before, model.device)
-        return scanned(
-            program, walk, plan, held, GivenRows(program.traced.image, model.image(self.source)), sums
-        )
+        given = GivenRows(program.traced.image, model.image(self.source), self._store())
+        return scanned(program, walk, plan, held, given, sums)
+
+    def forget(self, phase: int) -> None:
+        """Delete the values that no phase after this one starts from; every band of it must be done."""
+        if (store := self._store()) is not None:
+            later = self.program.passes[phase + 1 :]
+            store.retain(frozenset().union(*(walk.given for walk in later)))
+
+    def _store(self) -> RowStore | None:
+        scratch = self.model.budget.scratch
+        if scratch is None or not self.program.boundaries:
+            return None
+        scratch.folder.mkdir(parents=True, exist_ok=True)
+        return RowStore(scratch.folder, self.model.dtype, self.model.device)
 
 
 def banded(walk: Pass, plan: Schedule, band: Rows) -> tuple[Pass, Schedule]:
@@ -98,7 +118,9 @@ def banded(walk: Pass, plan: Schedule, band: Rows) -> tuple[Pass, Schedule]:
     busy = np.any([np.diff(progress) > 0 for progress in made.values()], axis=0)
     first, last = int(np.argmax(busy)), len(busy) - int(np.argmax(busy[::-1]))
     steps = slice(first, last + 1)
-    return replace(walk, stages=stages), Schedule(
+    ends = {*(one.source for one in walk.statistics), *(stage.node for stage in walk.spilled)}
+    shares = {stage.node: _share(stage, band, walk.height) for stage in stages if stage.node in ends}
+    return replace(walk, stages=stages, shares=shares), Schedule(
         last - first,
         {node: progress[steps] for node, progress in made.items()},
         {node: rows[steps] for node, rows in kept.items()},
@@ -108,6 +130,7 @@ def banded(walk: Pass, plan: Schedule, band: Rows) -> tuple[Pass, Schedule]:
 def _needed(walk: Pass, band: Rows) -> dict[fx.Node, Rows]:
     """The rows of every stage that a band's own rows and sums depend on; stages without any are left out."""
     ends = {walk.stages[0].node, *(one.source for one in walk.statistics)}
+    ends |= {stage.node for stage in walk.spilled}
     if walk.output is not None:
         ends.add(walk.output.node)
     needed: dict[fx.Node, Rows] = {}

@@ -131,13 +131,9 @@ class Scanner:
             if a == b:
                 continue
             rows = self._make(stage, a, b, t)
-            for one in self.walk.statistics:
-                if one.source is stage.node:
-                    sums[one.node] = one.partial(rows, a)
             if stage is self.walk.output:
                 output = self._lasting(rows)
-            if stage in self.walk.spilled:
-                self.rows.keep(stage, rows)
+            self._account(stage, a, rows, sums)
             self._release(stage, t)
         for line in self.lines.values():
             line.fresh = None
@@ -145,6 +141,21 @@ class Scanner:
                 line.delay.drop(int(line.plan.delay_keep[t + 1]))
         row = 0 if self.walk.output is None else int(self.plan.made[self.walk.output.node][t])
         return StepResult(row, output, sums)
+
+    def _account(self, stage: Stage, a: int, rows: Any, sums: dict[fx.Node, Sums]) -> None:
+        """Sum and keep what is to be summed and kept of the new rows a.. of a stage."""
+        statistics = [one for one in self.walk.statistics if one.source is stage.node]
+        spilled = stage in self.walk.spilled
+        if not statistics and not spilled:
+            return
+        start, stop = self.walk.share(stage, a, a + rows.shape[stage.axis])
+        if start == stop:
+            return
+        own = rows.narrow(stage.axis, start - a, stop - start)
+        for one in statistics:
+            sums[one.node] = one.partial(own, start)
+        if spilled:
+            self.rows.keep(stage, start, own)
 
     def state(self, t: int) -> Lines:
         """What step `t`, the next one, needs of the steps before it: views of the line buffers."""

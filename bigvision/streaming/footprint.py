@@ -28,10 +28,14 @@ _VIEWS = frozenset(("getitem", "view", "split", "chunk", "slice", "permute", "tr
 
 def row_bytes(stage: Stage, dtype: torch.dtype) -> int:
     """Bytes of one row of a stage's (first) result, computed in `dtype`."""
+    return math.prod(stage.shape) // stage.size * row_dtype(stage, dtype).itemsize
+
+
+def row_dtype(stage: Stage, dtype: torch.dtype) -> torch.dtype:
+    """Of a stage's (first) result, where floating-point numbers are computed in `dtype`."""
     value: Any = stage.node.meta["val"]
-    first = value[0] if isinstance(value, list | tuple) else value
-    width = dtype.itemsize if first.is_floating_point() else first.element_size()
-    return math.prod(first.shape) // stage.size * width
+    own: torch.dtype = (value[0] if isinstance(value, list | tuple) else value).dtype
+    return dtype if own.is_floating_point else own
 
 
 def state_bytes(walk: Pass, plan: Schedule, dtype: torch.dtype) -> np.ndarray:

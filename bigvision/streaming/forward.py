@@ -13,7 +13,7 @@ from bigvision.streaming.buffers import Scanner
 from bigvision.streaming.held import Held, narrowed, weights_of
 from bigvision.streaming.memory import freed_memory_kept
 from bigvision.streaming.program import Pass, Program
-from bigvision.streaming.row_store import GivenRows, RowStore
+from bigvision.streaming.row_store import GivenRows, temporary_rows
 from bigvision.streaming.scan import StepResult
 from bigvision.streaming.schedule import Schedule, schedule
 from bigvision.streaming.source import ImageRows
@@ -33,7 +33,7 @@ def forward(
         store = None
         if program.boundaries:
             assert scratch is not None
-            store = open_until_done.enter_context(RowStore(scratch, image.device))
+            store = open_until_done.enter_context(temporary_rows(scratch, image.dtype, image.device))
         given = GivenRows(program.traced.image, image, store)
         held = program.finish({}, weights_of(program, image.device))
         for index, walk in enumerate(program.passes):

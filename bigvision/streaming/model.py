@@ -62,13 +62,13 @@ class StreamedModel:
         self.budget = Budget(rows, limit, spill)
         traced, self.stride = trace_padded(model.eval(), shape)
         self.program = compile_program(fold_batch_norm(traced))
-        self._inference = spilled(self.program, dtype, 0 if spill is None else spill.limit)
-        self.rows, self._peak_bytes = plan_rows(self._inference, self.stride, rows, limit, dtype)
+        self.inference = spilled(self.program, dtype, 0 if spill is None else spill.limit)
+        self.rows, self._peak_bytes = plan_rows(self.inference, self.stride, rows, limit, dtype)
 
     @cached_property
     def plan(self) -> StreamPlan:
         """What a stream over a scene takes."""
-        program, flops = self._inference, pass_flops(self._inference)
+        program, flops = self.inference, pass_flops(self.inference)
         dense = sum(
             cost_of(stage.node) for stage in program.stages.values() if stage.node.op == "call_function"
         )
@@ -92,7 +92,7 @@ class StreamedModel:
         """Yield (row, y): y [1, K, h, w] holds rows row .. row + h of the whole image's output, in order."""
         image = self.image(source)
         folder = None if self.budget.scratch is None else self.budget.scratch.folder
-        for row, y in forward(self._inference, image, self.rows, folder):
+        for row, y in forward(self.inference, image, self.rows, folder):
             if self.program.output in self.program.stages:
                 yield from self._cropped(row, y)
             else:

@@ -6,8 +6,8 @@ the number of passes that must have ended before it can run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -80,6 +80,7 @@ class Pass:
         spilled: the stages whose rows are kept for later passes.
         statistics: what it sums.
         output: the stage whose rows it emits, in the last pass.
+        shares: of a part of a walk, which rows of a stage it sums and keeps; all where a stage isn't named.
     """
 
     height: int
@@ -88,6 +89,12 @@ class Pass:
     spilled: tuple[Stage, ...]
     statistics: tuple[Statistic, ...]
     output: Stage | None
+    shares: Mapping[fx.Node, tuple[int, int]] = field(default_factory=dict)
+
+    def share(self, stage: Stage, a: int, b: int) -> tuple[int, int]:
+        """Those of a stage's rows a..b that this walk sums and keeps; others only serve its operators."""
+        first, last = self.shares.get(stage.node, (0, stage.size))
+        return max(a, first), max(min(b, last), a, first)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import os
 import shutil
 import tempfile
-from collections.abc import Set
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
+from bigvision.streaming.footprint import row_bytes, row_dtype
 from bigvision.streaming.program import Stage
 from bigvision.streaming.source import ImageRows
 
@@ -39,66 +41,65 @@ class GivenRows:
         assert self.store is not None
         return self.store.read(stage, a, b)
 
-    def keep(self, stage: Stage, rows: Tensor) -> None:
-        """The following rows of a stage that later passes start from."""
+    def keep(self, stage: Stage, a: int, rows: Tensor) -> None:
+        """Rows of a stage, from its row `a` on, that later passes start from."""
         assert self.store is not None
-        self.store.keep(stage, rows)
+        self.store.keep(stage, a, rows)
 
 
+@dataclass(frozen=True)
 class RowStore:
-    """Rows of some stages, written in order by one pass and read by later ones.
+    """Rows of some stages in a folder, one file of raw bytes a stage; processes may share it.
 
-    One file of raw bytes a stage, in a folder of its own that is removed with the store.
-
-    Args:
-        folder: where that folder is made.
+    Attributes:
+        folder: where the files are.
+        dtype: that rows are computed in.
         device: of the rows that are read.
     """
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        self._parent, self._device = folder, device
-        self._files: dict[fx.Node, BinaryIO] = {}
-        self._dtypes: dict[fx.Node, torch.dtype] = {}
+    folder: Path
+    dtype: torch.dtype
+    device: torch.device
 
-    def __enter__(self) -> RowStore:
-        self._parent.mkdir(parents=True, exist_ok=True)
-        self._folder = Path(tempfile.mkdtemp(prefix="rows-", dir=self._parent))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.retain(frozenset())
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def keep(self, stage: Stage, rows: Tensor) -> None:
-        """Append the following rows of a stage."""
-        if stage.node not in self._files:
-            self._files[stage.node] = self._path(stage.node).open("w+b", buffering=0)
-            self._dtypes[stage.node] = rows.dtype
-        flat = rows.permute(_rows_first(stage)).contiguous().cpu()
-        self._files[stage.node].write(flat.flatten().view(torch.uint8).numpy().data)
+    def keep(self, stage: Stage, a: int, rows: Tensor) -> None:
+        """Write rows of a stage at the place of its row `a`."""
+        flat = rows.to(row_dtype(stage, self.dtype)).permute(_rows_first(stage)).contiguous().cpu()
+        # Other processes write other rows of the same file.
+        with os.fdopen(os.open(self._path(stage.node), os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
+            file.seek(a * row_bytes(stage, self.dtype))
+            file.write(flat.flatten().view(torch.uint8).numpy().data)
 
     def read(self, stage: Stage, a: int, b: int) -> Tensor:
         """Rows a..b of a stage."""
-        dtype, order = self._dtypes[stage.node], _rows_first(stage)
+        size, order = row_bytes(stage, self.dtype), _rows_first(stage)
         shape = list(stage.shape)
         shape[stage.axis] = b - a
-        count = int(np.prod(shape)) * dtype.itemsize
-        file = self._files[stage.node]
-        file.seek(a * (count // max(b - a, 1)))
-        flat = torch.from_numpy(np.fromfile(file, np.uint8, count)).view(dtype)
-        rows = flat.reshape([shape[axis] for axis in order])
-        return rows.permute([order.index(axis) for axis in range(len(order))]).to(self._device)
+        flat = np.fromfile(self._path(stage.node), np.uint8, (b - a) * size, offset=a * size)
+        dtype = row_dtype(stage, self.dtype)
+        assert flat.size == math.prod(shape) * dtype.itemsize
+        rows = torch.from_numpy(flat).view(dtype).reshape([shape[axis] for axis in order])
+        return rows.permute([order.index(axis) for axis in range(len(order))]).to(self.device)
 
     def retain(self, nodes: Set[fx.Node]) -> None:
         """Delete the rows of all other stages."""
-        for node in self._files.keys() - nodes:
-            self._files.pop(node).close()
-            self._path(node).unlink()
+        wanted = {self._path(node) for node in nodes}
+        for path in self.folder.glob("*.rows"):
+            if path not in wanted:
+                path.unlink()
 
     def _path(self, node: fx.Node) -> Path:
-        return self._folder / f"{node.name}.rows"
+        return self.folder / f"{node.name}.rows"
+
+
+@contextmanager
+def temporary_rows(parent: Path, dtype: torch.dtype, device: torch.device) -> Iterator[RowStore]:
+    """A store in a folder of its own inside `parent`, which is removed at the end, whatever happens."""
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="rows-", dir=parent))
+    try:
+        yield RowStore(folder, dtype, device)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _rows_first(stage: Stage) -> list[int]:
