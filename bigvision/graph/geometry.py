@@ -13,8 +13,12 @@ import itertools
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigvision.graph.flow import flows, streaming_inputs
 from bigvision.graph.layout import Flow
@@ -22,8 +26,9 @@ from bigvision.graph.trace import TracedGraph, describe, result_shape, trace
 
 # A size that the strides of all common networks divide; nothing is computed, so it costs nothing.
 NOMINAL_SIZE = 1024
-# Most networks halve five times: where that guess holds, one trace is enough.
+# Most networks halve five times; nothing tells before a trace, except where a model runs on a fake image.
 LIKELY_STRIDE = 32
+_LARGEST_STRIDE = 64  # of what is taken for a layer of pixels rather than a pooled statistic
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ def trace_padded(model: nn.Module, shape: tuple[int, int, int]) -> tuple[TracedG
     channels, height, width = shape
     if min(shape) < 1:
         raise ValueError(f"an image's shape is (channels, rows, columns), all positive, not {tuple(shape)}")
-    likely = (channels, *padded_size(height, width, LIKELY_STRIDE))
+    likely = (channels, *padded_size(height, width, _guessed_stride(model, channels)))
     with contextlib.suppress(ValueError):  # it may refuse that size, or be refused at the right one
         traced = trace(model, likely)
         stride = total_stride(traced, flows(traced))
@@ -62,6 +67,35 @@ def trace_padded(model: nn.Module, shape: tuple[int, int, int]) -> tuple[TracedG
     nominal = trace(model, (channels, NOMINAL_SIZE, NOMINAL_SIZE))
     stride = total_stride(nominal, flows(nominal))
     return trace(model, (channels, *padded_size(height, width, stride))), stride
+
+
+def _guessed_stride(model: nn.Module, channels: int) -> int:
+    """The total stride by the smallest layer of a fake image: cheaper than a trace, and to be checked."""
+    if model.training:
+        return LIKELY_STRIDE
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(()))
+    rows = _Rows()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), rows, torch.no_grad():
+            model(torch.empty(1, channels, NOMINAL_SIZE, NOMINAL_SIZE, dtype=like.dtype, device=like.device))
+    except Exception:  # whatever a foreign forward raises, tracing it will tell
+        return LIKELY_STRIDE
+    return round(NOMINAL_SIZE / rows.least)
+
+
+class _Rows(TorchDispatchMode):
+    """Remembers the fewest rows that any map had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.least = NOMINAL_SIZE
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for one in result if isinstance(result, tuple | list) else (result,):
+            rows = one.shape[-2] if isinstance(one, Tensor) and one.dim() == 4 and len(one) == 1 else 0
+            self.least = min(self.least, rows) if rows >= NOMINAL_SIZE // _LARGEST_STRIDE else self.least
+        return result
 
 
 def geometry(traced: TracedGraph) -> Geometry:

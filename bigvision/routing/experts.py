@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bigvision.graph import Geometry, cost, geometry, trace
+from bigvision.graph import Geometry, TracedGraph, cost, geometry, trace, trace_padded
 from bigvision.graph.geometry import NOMINAL_SIZE
 from bigvision.graph.trace import result_shape
 from bigvision.routing.boxes import Box
@@ -196,22 +196,30 @@ class RegionExpert:
         name: for messages.
         module: [N, C, h, w] -> [N, K, h / scale, w / scale].
         channels: C.
+        size: H and W of the image that it is for, not padded; where known, one trace does for all.
 
     Raises:
         ValueError: an expert that no halo fits (whole-image statistics and the like), that doesn't take C
             channels, or that gives no map.
     """
 
-    def __init__(self, name: str, module: nn.Module, channels: int) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, channels: int, size: tuple[int, int] | None = None
+    ) -> None:
         self.name, self.module, self.channels = name, module, channels
         self._programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
+        self._traced: TracedGraph | None = None
         if isinstance(module, Skip):
             self.shape, self.flops_per_pixel = (
                 Shape(module.scale, 0, len(module.values), Fraction(module.scale)),
                 0.0,
             )
             return
-        known, self.out_channels, self.flops_per_pixel = _measured(name, module, channels)
+        with evaluating(module):
+            self._traced, known = _measured(name, module, channels, size)
+        _, height, width = self._traced.shape
+        self.out_channels = result_shape(self._traced.outputs[0])[1]
+        self.flops_per_pixel = cost(self._traced).flops / (height * width)
         self.shape = Shape(known.stride, known.halo, self.out_channels, known.output_scale)
 
     def check_region(self, region: int) -> None:
@@ -245,39 +253,55 @@ class RegionExpert:
         cropped = CroppedProgram(self.module, self.shape, (height, width), self.flops_per_pixel)
         if live:
             return cropped
-        with evaluating(self.module):
-            traced = trace(self.module, (self.channels, height, width))
         try:
-            return ValidProgram(WindowedNetwork(self.module, traced))
+            return ValidProgram(WindowedNetwork(self.module, self._trace(height, width)))
         except UnwindowedError:
             return cropped
 
+    def _trace(self, height: int, width: int) -> TracedGraph:
+        """At this size, in eval mode and the type that the module has now."""
+        shape, dtype = (self.channels, height, width), next((p.dtype for p in self.module.parameters()), None)
+        first = self._traced
+        if first is None or first.shape != shape or dtype not in (None, first.image.meta["val"].dtype):
+            with evaluating(self.module):
+                return trace(self.module, shape)
+        return first
 
-def _measured(name: str, module: nn.Module, channels: int) -> tuple[Geometry, int, float]:
-    """Geometry, K and FLOPs a pixel, from a trace large enough to hold the halo."""
-    side = NOMINAL_SIZE
-    while True:
-        with evaluating(module):
-            try:
-                traced = trace(module, (channels, side, side))
-            except ValueError as error:
-                raise ValueError(f"expert {name!r} takes no image of {channels} channels: {error}") from error
-        known = geometry(traced)
-        if known.inexact:
-            raise ValueError(f"no halo fits expert {name!r}: {'; '.join(known.inexact)}")
-        if known.halo + known.stride < side // 2 or side >= _FARTHEST:
+
+def _measured(
+    name: str, module: nn.Module, channels: int, size: tuple[int, int] | None
+) -> tuple[TracedGraph, Geometry]:
+    """The module in a graph large enough to hold its halo, at the image's size if that is."""
+    for traced in _traces(name, module, channels, size):
+        known, (_, height, width) = geometry(traced), traced.shape
+        holds = known.halo + known.stride < min(height, width) // 2
+        # In an image as small as its kernel, a pool that needs the whole of it may be an ordinary one.
+        if (min(height, width) >= NOMINAL_SIZE) if known.inexact else holds:
             break
-        side *= 2
-    out = result_shape(traced.outputs[0])
-    if (
-        len(out) != 4
-        or known.output_scale == 0
-        or out[-2:] != tuple(int(side / known.output_scale) for _ in "hw")
-    ):
+    if known.inexact:
+        raise ValueError(f"no halo fits expert {name!r}: {'; '.join(known.inexact)}")
+    out, scale = result_shape(traced.outputs[0]), known.output_scale
+    if len(out) != 4 or scale == 0 or out[-2:] != (int(height / scale), int(width / scale)):
         raise ValueError(
-            f"expert {name!r} turns {(1, channels, side, side)} into {out}, which is no map of the image"
+            f"expert {name!r} turns {(1, *traced.shape)} into {out}, which is no map of the image"
         )
-    return known, out[1], cost(traced).flops / side**2
+    return traced, known
+
+
+def _traces(
+    name: str, module: nn.Module, channels: int, size: tuple[int, int] | None
+) -> Iterator[TracedGraph]:
+    """At the image's own size (which may be too small to tell), then at sizes that hold most halos."""
+    if size is not None:
+        with suppress(ValueError):
+            yield trace_padded(module, (channels, *size))[0]
+    side = NOMINAL_SIZE
+    while side <= _FARTHEST:
+        try:
+            yield trace(module, (channels, side, side))
+        except ValueError as error:
+            raise ValueError(f"expert {name!r} takes no image of {channels} channels: {error}") from error
+        side *= 2
 
 
 def _in_image(box: Box, scale: Fraction) -> Box:

@@ -82,7 +82,8 @@ class SceneRouter:
     ) -> None:
         self.source, self.spec, self.dtype, self.device = source, spec, dtype, device
         channels, height, width = source.shape
-        self.experts = [RegionExpert(n, m, channels) for n, m in zip(NAMES, (cheap, full), strict=True)]
+        networks = zip(NAMES, (cheap, full), strict=True)
+        self.experts = [RegionExpert(name, one, channels, (height, width)) for name, one in networks]
         self._check()
         self._grids = [RegionGrid(spec.region, self._padded(one), max_pixels) for one in self.experts]
         self.grid = (-(-height // spec.region), -(-width // spec.region))

@@ -1,6 +1,7 @@
 """Total stride and halo, against what is known by hand and against NaN propagation."""
 
 import random
+from typing import Any
 
 import pytest
 import segmentation_models_pytorch as smp
@@ -89,3 +90,53 @@ def test_padded_to_its_own_stride() -> None:
     assert (stride, traced.shape) == (4, (2, 8, 12))
     with pytest.raises(ValueError, match="all positive"):
         trace_padded(nn.Conv2d(2, 1, 1), (2, 0, 9))
+
+
+class Pooled(nn.Module):
+    """Stride 2, and a statistic of the whole image, which is no layer of few pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.gate = nn.Conv2d(2, 3, 3, 2, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(x)
+        return F.interpolate(x * self.gate(F.adaptive_avg_pool2d(x, 1)).sigmoid(), scale_factor=2)
+
+
+@pytest.mark.parametrize(
+    ("model", "stride"),
+    [
+        (nn.Conv2d(2, 3, 7, padding=3), 1),
+        (nn.Sequential(nn.AvgPool2d(4), nn.Upsample(scale_factor=4, mode="bilinear")), 4),
+        (nn.Sequential(nn.MaxPool2d(3, 3), nn.MaxPool2d(2, 2), nn.Upsample(scale_factor=6)), 6),
+        (Pooled(), 2),
+        (smp.Unet("resnet18", encoder_weights=None, in_channels=2), 32),
+    ],
+)
+def test_one_trace_is_enough(model: nn.Module, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, ...]] = []
+    export = torch.export.export
+
+    def counted(model: nn.Module, args: tuple[Tensor], **more: Any) -> torch.export.ExportedProgram:
+        sizes.append(tuple(args[0].shape))
+        return export(model, args, **more)
+
+    monkeypatch.setattr(torch.export, "export", counted)
+    before = {name: tensor.clone() for name, tensor in model.eval().state_dict().items()}
+    traced, found = trace_padded(model, (2, 71, 103))
+    expected = (2, *padded_size(71, 103, stride))
+    assert (found, traced.shape, sizes) == (stride, expected, [(1, *expected)])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class Binned(nn.Module):
+    """Stride 1, beside a statistic in so many bins that they look like a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.interpolate(F.adaptive_avg_pool2d(x, 32), size=x.shape[-2:])
+
+
+def test_a_wrong_guess_costs_traces_only() -> None:
+    traced, stride = trace_padded(Binned().eval(), (2, 71, 103))
+    assert (stride, traced.shape) == (1, (2, 71, 103))

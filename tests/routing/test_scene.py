@@ -181,3 +181,17 @@ def test_a_hole_is_computed_where_its_halo_would_cost_more() -> None:
     assert len(merge(ring, lambda box: box.area, 100)) > 1
     with pytest.raises(ValueError, match="0"):
         merge(ring, lambda box: box.area, 0)
+
+
+def test_each_network_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[str] = []
+    export = torch.export.export
+
+    def counted(model: torch.nn.Module, *given: object, **more: object) -> object:
+        traced.append(type(model).__name__)
+        return export(model, *given, **more)
+
+    monkeypatch.setattr(torch.export, "export", counted)
+    router, _ = setup()
+    router.trace()
+    assert traced == ["Sequential", "Hourglass"]
