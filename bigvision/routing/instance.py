@@ -90,6 +90,7 @@ class InstanceRouter(nn.Module):
             return self.exchange(x, gated.routing, list(self.experts.experts)), gated
         return self.experts(x, gated.routing), gated
 
+    @torch.compiler.disable  # nothing of it belongs into a graph
     def _check(self, x: Tensor) -> None:
         kind = _kind(self, x)
         if self.exchange is not None or kind in self._fit:
@@ -149,10 +150,7 @@ class EarlyExit(nn.Module):
         Raises:
             ValueError: heads that differ in K; found on tensors without values, before anything is computed.
         """
-        kind = _kind(self, x)
-        if kind not in self._fit:
-            check_alike("head", made_of("the network", self, x) or (), x)
-            self._fit.add(kind)
+        self._check(x)
         here = torch.arange(len(x), device=x.device)
         depth = torch.full((len(x),), len(self.stages) - 1, device=x.device)
         result: Tensor | None = None
@@ -169,6 +167,13 @@ class EarlyExit(nn.Module):
                 break
         assert result is not None
         return result, depth
+
+    @torch.compiler.disable
+    def _check(self, x: Tensor) -> None:
+        kind = _kind(self, x)
+        if kind not in self._fit:
+            check_alike("head", made_of("the network", self, x) or (), x)
+            self._fit.add(kind)
 
 
 class SlimBlock(nn.Module):

@@ -253,6 +253,16 @@ def test_heads_that_differ_are_refused_before_any_stage_runs() -> None:
     assert rows == [0, 0]
 
 
+def test_a_compiled_router_is_checked_all_the_same() -> None:
+    torch.manual_seed(0)
+    gate, x = Gate(LinearScorer(4, 2)), torch.randn(4, 2, 6, 6)
+    router = InstanceRouter(gate, [nn.Conv2d(2, 3, 3, padding=1) for _ in range(2)])
+    assert torch.allclose(torch.compile(router, backend="eager")(x), router(x), atol=1e-6)
+    other = InstanceRouter(gate, [nn.Conv2d(2, 3, 1), nn.Conv2d(2, 4, 1)])
+    with pytest.raises(ValueError, match=r"\[3, 6, 6\].*\[4, 6, 6\]"):
+        torch.compile(other, backend="eager")(x)
+
+
 class Locked(nn.Module):
     """What can't be copied."""
 
