@@ -8,15 +8,14 @@ Legend: a, b first and past-the-last row that is wanted; first, last what is rea
 where the operator pads.
 """
 
+import math
 from dataclasses import dataclass
-from functools import cached_property
+from fractions import Fraction
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import fx
 
-from bigvision.graph import Layout, TracedGraph
+from bigvision.graph import Layout, TracedGraph, geometry
 from bigvision.graph.arguments import INTERPOLATIONS, arguments, pad_mode, pair, resample_factors
 from bigvision.graph.flow import flows, streaming_inputs
 from bigvision.graph.layout import Flow
@@ -58,11 +57,6 @@ class Interval:
     stop: int
     cuts: tuple[Cut, ...]
 
-    @cached_property
-    def kept(self) -> NDArray[np.float64]:
-        """The rows that every operator computes."""
-        return np.array([cut.keep for cut in self.cuts], np.float64)
-
 
 class Windows:
     """The operators of a traced network with their intervals.
@@ -89,15 +83,30 @@ class Windows:
                 raise UnwindowedError(f"{describe(node)} needs the whole image")
             if not held:
                 _check(node, self.known[node])
-        self._intervals: dict[tuple[int, int, int], Interval] = {}
+        self._kinds: dict[tuple[int, ...], tuple[int, Interval]] = {}
+        self._period, self._reach, self._scale = self._recurrence()
         self._alike: dict[tuple[Cut, ...], tuple[Cut, ...]] = {}
 
     def interval(self, axis: int, a: int, b: int) -> Interval:
         """What output rows (axis 0) or columns (axis 1) a..b take."""
-        key = (axis, a, b)
-        if key not in self._intervals:
-            self._intervals[key] = self._trace_back(axis, a, b)
-        return self._intervals[key]
+        length = result_shape(self.output)[axis - 2]
+        # All that an interval depends on: its length, its place in a period, edges as far as it can see them.
+        edges = min(a, self._reach), min(length - b, self._reach)
+        kind = (axis, a % self._period, b - a, *edges)
+        if kind not in self._kinds:
+            self._kinds[kind] = a, self._trace_back(axis, a, b)
+        origin, known = self._kinds[kind]
+        shift = int((a - origin) * self._scale)
+        return Interval(known.start + shift, known.stop + shift, known.cuts) if shift else known
+
+    def _recurrence(self) -> tuple[int, int, Fraction]:
+        """Output rows after which intervals recur, those that an edge is seen from, pixels a row."""
+        _, height, width = self.traced.shape
+        found = geometry(self.traced)
+        period = Fraction(found.stride) / (found.output_scale or found.stride)
+        if period.denominator > 1 or 2 * (found.halo + found.stride) >= min(height, width):
+            return 1, height + width, found.output_scale  # an edge is seen from everywhere
+        return int(period), math.ceil(found.halo / found.output_scale), found.output_scale
 
     def _trace_back(self, axis: int, a: int, b: int) -> Interval:
         wanted: dict[fx.Node, tuple[int, int]] = {self.output: (a, b)}

@@ -7,6 +7,7 @@ image's, whatever its neighbours are routed to.
 Legend: N windows of one shape, C channels, K output channels, h, w rows and columns of what is read.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,7 @@ class WindowedNetwork:
         streaming = self.windows.streaming
         self.work = np.array([flops(node) / _pixels(node) for node in streaming])
         self.last_use = self._last_uses()
+        self._flops: dict[tuple[int, int], float] = {}
 
     def intervals(self, box: Box) -> tuple[Interval, Interval]:
         """Rows and columns of one window of the output."""
@@ -50,7 +52,11 @@ class WindowedNetwork:
     def flops(self, box: Box) -> float:
         """Of computing this window of the output, halos included."""
         rows, cols = self.intervals(box)
-        return float((self.work * rows.kept) @ cols.kept)
+        alike = id(rows.cuts), id(cols.cuts)  # which live as long as their windows
+        if alike not in self._flops:
+            kept = (np.array([cut.keep for cut in one.cuts], np.float64) for one in (rows, cols))
+            self._flops[alike] = float(self.work @ math.prod(kept))
+        return self._flops[alike]
 
     def tensors(self) -> dict[fx.Node, Tensor]:
         """The parameters and buffers as they are now."""

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from routing_networks import Hourglass, convolutions
 from torch import Tensor, nn
 from torch.nn import functional
 
 from bigvision.graph.trace import trace
 from bigvision.routing.boxes import Box
-from bigvision.routing.spans import UnwindowedError
+from bigvision.routing.spans import UnwindowedError, Windows
 from bigvision.routing.windowed import WindowedNetwork
 
 SIDES = (21, 17)
@@ -50,3 +51,23 @@ def test_a_window_of_padded_averages_is_cut_from_the_whole(box: Box, divisor: in
 def test_averages_over_fewer_pixels_at_the_edge_have_no_window_rule() -> None:
     with pytest.raises(UnwindowedError, match="avg_pool2d"):
         windowed(Averages(count_include_pad=False).eval())
+
+
+@pytest.mark.parametrize("module", [convolutions(2, 3), Hourglass(2, 3), nn.Upsample(scale_factor=2)])
+@pytest.mark.parametrize("size", [(16, 24), (96, 136)])
+def test_intervals_that_recur_are_those_of_their_place(module: nn.Module, size: tuple[int, int]) -> None:
+    windows = Windows(trace(module.eval(), (2, *size)))
+    draw = torch.Generator().manual_seed(0)
+    for axis, length in enumerate(windows.output.meta["val"].shape[-2:]):
+        for _ in range(60):
+            a, b = torch.randint(0, length + 1, (2,), generator=draw).sort().values.tolist()
+            if a < b:
+                found, expected = windows.interval(axis, a, b), windows._trace_back(axis, a, b)
+                assert (found.start, found.stop) == (expected.start, expected.stop)
+                assert found.cuts is expected.cuts  # alike, so that they run as one batch
+
+
+def test_far_from_edges_intervals_are_traced_once() -> None:
+    windows = Windows(trace(Hourglass(2, 3).eval(), (2, 256, 256)))
+    cuts = {id(windows.interval(0, row, row + 16).cuts) for row in range(48, 192, 8)}
+    assert len(cuts) == len(windows._kinds) == 1
