@@ -29,7 +29,8 @@ def plan(
     halo: Annotated[int | None, typer.Option(help="An approximate halo.")] = None,
     memory: Annotated[str, typer.Option(help="Peak memory of the job, and of a training step.")] = "4GiB",
     scratch_limit: Annotated[
-        str | None, typer.Option(help="Bytes on a disk for the states of a training step.")
+        str | None,
+        typer.Option(help="Disk for values between passes and for the states of a training step."),
     ] = None,
     dtype: Annotated[DType, typer.Option(help="auto: bfloat16 where the classes agree.")] = DType.auto,
     workers: Annotated[int | None, typer.Option(help="Local worker processes.")] = None,
@@ -41,7 +42,7 @@ def plan(
 ) -> None:
     """Say what a network over a scene takes: compute, memory and time; whole, in tiles, streamed, trained."""
     from bigvision.jobs.plan import plan as job
-    from bigvision.jobs.process.options import Options, parse_bytes
+    from bigvision.jobs.process.options import Options
 
     options = Options(
         model=model,
@@ -56,12 +57,12 @@ def plan(
         tile=tile,
         halo=halo,
         memory=memory,
+        scratch_limit=scratch_limit or Options.scratch_limit,
         dtype=dtype.value,
         workers=workers,
         trust_model=trust_model,
     )
-    limit = 0 if scratch_limit is None else parse_bytes(scratch_limit)
-    found = job(scene, options, scratch_limit=limit)
+    found = job(scene, options, scratch_limit=0 if scratch_limit is None else options.scratch_bytes)
     typer.echo(text(found))
     if route is not None:
         typer.echo(_route_line(scene, replace(options, route=route, tile=None, halo=None, workers=None)))

@@ -96,6 +96,9 @@ def process(
         typer.Option(help="Accept an approximate halo of N pixels where no exact one exists."),
     ] = None,
     memory: Annotated[str, typer.Option(help="Peak memory of the whole job.")] = "4GiB",
+    scratch_limit: Annotated[
+        str, typer.Option(help="Disk beside the result that passes over a scene may keep values in; 0: none.")
+    ] = "40GiB",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the network (long jobs).")] = False,
     dtype: Annotated[DType, typer.Option(help="auto: bfloat16 where the classes agree.")] = DType.auto,
     min_agreement: Annotated[float, typer.Option(help="Classes that must agree for bfloat16.")] = 0.999,
@@ -146,6 +149,7 @@ def process(
         tile=tile,
         halo=halo,
         memory=memory,
+        scratch_limit=scratch_limit,
         compile=compile,
         dtype=dtype.value,
         min_agreement=min_agreement,

@@ -3,8 +3,9 @@
 Legend: C bands, K classes, H and W rows and columns of the scene.
 """
 
+import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +24,7 @@ from bigvision.jobs.process.planning import Plan, plan_scene
 from bigvision.jobs.process.precision import choose_precision
 from bigvision.jobs.process.results import ResultKind
 from bigvision.jobs.process.scene import open_scene
+from bigvision.jobs.process.stream import program_of
 from bigvision.models.spec import load_model
 from bigvision.streaming.backward import Budget, plan_backward
 from bigvision.streaming.checkpoints import BudgetError, Scratch
@@ -172,7 +174,13 @@ class _Planner:
     def _cut(self) -> tuple[Plan | None, str]:
         try:
             chosen = plan_scene(
-                self.shape, self.kind, self.analysis, self.options, self.precision, self.network.module
+                self.shape,
+                self.kind,
+                self.analysis,
+                self.options,
+                self.precision,
+                self.network.module,
+                shutil.disk_usage(".").free,
             )
         except ValueError as error:
             return None, str(error)
@@ -185,8 +193,9 @@ class _Planner:
         if cut.engine == "tiles":
             return TileGrid(height, width, cut.tile, cut.halo, cut.stride).overhead
         if cut.phases is not None:
-            passes = pass_flops(compile_program(self.traced))
-            return sum(passes) / max(passes[-1], 1)
+            program, _ = program_of(self.network.module, self.shape, self.precision.dtype, cut.scratch)
+            alone = pass_flops(replace(program, boundaries=()))[-1]  # it computes all that the output takes
+            return sum(pass_flops(program)) / max(alone, 1)
         return TileGrid(height, width, (cut.tile, width), (cut.halo, 0), (cut.stride, 1)).overhead
 
     def _streaming(self) -> tuple[Streaming | None, str]:

@@ -111,7 +111,7 @@ def test_bands_that_need_no_halo_are_told_with_their_passes(scene: str, options:
         for line in text(plan(scene, replace(options, model=network))).splitlines()
         if line.startswith("process")
     )
-    assert "rows, read 3 times for the scene's statistics, stride 2 px (exact)" in line
+    assert "rows, 3 passes for the scene's statistics, stride 2 px (exact)" in line
     assert "halo" not in line
     (line,) = (line for line in text(plan(scene, options)).splitlines() if line.startswith("process"))
     assert "rows with a halo of" in line

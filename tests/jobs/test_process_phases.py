@@ -1,5 +1,6 @@
 """Networks with statistics over the scene: bands are summed, kept, resumed and shared like any other unit."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,34 +19,78 @@ from bigvision.models.spec import load_model
 from tiling import open_raster
 
 NETWORKS = Path(__file__).with_name("process_networks.py")
-GATED = f"{NETWORKS}:gated_net?bands=3"
+GATED = f"{NETWORKS}:gated_net?bands=3"  # every pass starts from the scene
+EXCITED = f"{NETWORKS}:excited_net?bands=3"  # the last one starts from what the second kept
+STRIDES = {GATED: 2, EXCITED: 4}
 BIGVISION = Path(sys.executable).with_name("bigvision")
 
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_scene(tmp_path_factory.mktemp("scene") / "scene.tif", random_pixels((3, 300, 131), 1))
+    pixels = random_pixels((3, 300, 131), 1)
+    pixels[:, 100:180, 20:60] = 0
+    return write_scene(tmp_path_factory.mktemp("scene") / "scene.tif", pixels, nodata=0)
 
 
 def options(**more: object) -> Options:
-    chosen = {"model": GATED, "tile": 64, "dtype": "float32", "engine": "stream"}
+    chosen = {"model": EXCITED, "tile": 64, "dtype": "float32", "engine": "stream"}
     chosen |= {"output": "logits", "format": "zarr"} | more
     return Options(**chosen)  # type: ignore[arg-type]
 
 
-def expected(scene: Path) -> np.ndarray:
-    return whole_image(load_model(GATED), read(scene).astype(np.float32), 2)
+def expected(scene: Path, model: str) -> np.ndarray:
+    pixels = read(scene).astype(np.float32)
+    whole = whole_image(load_model(model), pixels, STRIDES[model])
+    return np.where(pixels.any(0), whole, np.nan)
 
 
-def test_any_split_is_the_whole_image_and_one_split_the_same_bytes(scene: Path, tmp_path: Path) -> None:
-    whole, results = expected(scene), []
+@pytest.mark.parametrize("model", [GATED, EXCITED])
+def test_any_split_is_the_whole_image_and_one_split_the_same_bytes(
+    scene: Path, tmp_path: Path, model: str
+) -> None:
+    whole, results = expected(scene, model), []
     for name, tile in (("a", 64), ("again", 64), ("b", 192), ("c", 8192)):
-        outcome = run_scene((str(scene),), tmp_path / f"{name}.zarr", options(tile=tile))
+        outcome = run_scene((str(scene),), tmp_path / f"{name}.zarr", options(model=model, tile=tile))
         assert outcome.plan is not None
         assert (outcome.plan.engine, outcome.plan.phases, outcome.plan.exactness) == ("stream", 2, "exact")
+        assert (outcome.plan.scratch > 0) == (model == EXCITED)
         results.append(open_raster(tmp_path / f"{name}.zarr").read())
-        np.testing.assert_allclose(results[-1], whole, rtol=1e-5, atol=1e-5 * np.abs(whole).max())
+        np.testing.assert_allclose(results[-1], whole, rtol=1e-5, atol=1e-5 * np.nanmax(np.abs(whole)))
     assert results[0].tobytes() == results[1].tobytes()
+
+
+class Watched(Watcher):
+    """The most bytes that passes kept for later ones."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.most = folder, 0
+
+    def computed(self, pixels: float) -> None:
+        self.most = max(self.most, sum(path.stat().st_size for path in self.folder.glob("*.rows")))
+
+
+@pytest.mark.parametrize("limit", ["1MB", "79200", "79199", "0"])
+def test_passes_keep_what_was_planned_within_the_limit(scene: Path, tmp_path: Path, limit: str) -> None:
+    """Two values of 4 channels at a quarter of the resolution: 2 x 4 x 75 x 33 x 4 bytes."""
+    watched = Watched(tmp_path / ".scene.zarr.run" / "rows")
+    chosen = options(scratch_limit=limit)
+    outcome = run_scene((str(scene),), tmp_path / "scene.zarr", chosen, watcher=watched)
+    assert outcome.plan is not None
+    assert watched.most == outcome.plan.scratch == (79200 if limit in ("1MB", "79200") else 0)
+    found = open_raster(tmp_path / "scene.zarr").read()
+    whole = expected(scene, EXCITED)
+    np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-5 * np.nanmax(np.abs(whole)))
+    assert not list(tmp_path.glob(".scene*"))
+
+
+def test_passes_leave_half_of_the_free_disk(
+    scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2 * 79199))
+    outcome = run_scene((str(scene),), tmp_path / "scene.zarr", options())
+    assert outcome.plan is not None
+    assert outcome.plan.scratch == 0
 
 
 class Stop(Exception):
@@ -85,7 +130,17 @@ def test_a_run_stopped_in_any_phase_sums_nothing_twice(scene: Path, tmp_path: Pa
 
 
 def command(scene: Path, out: Path, *more: str) -> list[str]:
-    words = [str(BIGVISION), "process", str(scene), "--model", GATED, "--out", str(out), "--dtype", "float32"]
+    words = [
+        str(BIGVISION),
+        "process",
+        str(scene),
+        "--model",
+        EXCITED,
+        "--out",
+        str(out),
+        "--dtype",
+        "float32",
+    ]
     return [*words, "--output", "logits", "--engine", "stream", "--format", "zarr", *more]
 
 
@@ -110,7 +165,7 @@ def test_workers_share_the_phases(scene: Path, tmp_path: Path) -> None:
     arguments = command(scene, tmp_path / "shared", "--tile", "64", "--workers", "2", "--memory", "6GiB")
     done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "read 3 times for the scene's statistics" in done.stderr
+    assert "3 passes for the scene's statistics" in done.stderr
     run_scene((str(scene),), tmp_path / "alone.zarr", options())
     one = open_raster(tmp_path / "shared" / "scene.zarr").read()
     assert one.tobytes() == open_raster(tmp_path / "alone.zarr").read().tobytes()

@@ -34,6 +34,11 @@ class Ledger:
         return self.folder / "sums"
 
     @property
+    def rows(self) -> Path:
+        """Values that passes over the scene keep for later ones."""
+        return self.folder / "rows"
+
+    @property
     def draft(self) -> Path:
         """Where the finished file is written before it gets its name."""
         return self.folder / "result.tif"

@@ -37,6 +37,7 @@ class Options:
     tile: int | None = None
     halo: int | None = None
     memory: str = "4GiB"
+    scratch_limit: str = "40GiB"
     compile: bool = False
     dtype: str = "auto"
     min_agreement: float = 0.999
@@ -72,6 +73,7 @@ class Options:
         if self.workers is not None and self.scheduler is not None:
             raise ValueError("--workers starts a cluster here and --scheduler uses another: give one of them")
         parse_bytes(self.memory)
+        parse_bytes(self.scratch_limit, "scratch-limit", least=0)
 
     @property
     def suffix(self) -> Literal[".tif", ".zarr"]:
@@ -83,13 +85,18 @@ class Options:
         """`memory` in bytes."""
         return parse_bytes(self.memory)
 
+    @property
+    def scratch_bytes(self) -> int:
+        """`scratch_limit` in bytes."""
+        return parse_bytes(self.scratch_limit, "scratch-limit", least=0)
 
-def parse_bytes(text: str) -> int:
-    """`4GiB`, `500 MB` or `1e9` in bytes; ValueError where it is no positive size."""
+
+def parse_bytes(text: str, flag: str = "memory", least: int = 1) -> int:
+    """`4GiB`, `500 MB` or `1e9` in bytes; ValueError, naming the flag, where it is none or too small."""
     try:
         size = dask.utils.parse_bytes(text)
     except ValueError:
-        raise ValueError(f"--memory {text!r} is not a size such as 4GiB or 500MB") from None
-    if size <= 0:
-        raise ValueError(f"--memory must be positive, got {text!r}")
+        raise ValueError(f"--{flag} {text!r} is not a size such as 4GiB or 500MB") from None
+    if size < least:
+        raise ValueError(f"--{flag} must be {'positive' if least else 'at least 0'}, got {text!r}")
     return size

@@ -24,6 +24,7 @@ from bigvision.jobs.process.scene import Scene
 from bigvision.jobs.process.stream import SceneRows, streamed_model
 from bigvision.jobs.process.units import Work
 from bigvision.streaming.bands import BandedStream, PhaseSums
+from bigvision.streaming.checkpoints import Scratch
 from bigvision.streaming.memory import freed_memory_kept
 from tiling import Tile
 from tiling.publish import publish, staging_name
@@ -77,12 +78,14 @@ def _read(path: Path, device: str) -> PhaseSums:
 class PhasedEngine:
     """Bands of the whole scene's stream: exact whatever the network, at no halo but each operator's own.
 
-    rows: image rows a step. phases: passes that take statistics. store: their sums.
+    rows: image rows a step. phases: passes that take statistics. store: their sums. scratch: where they keep
+    values that later ones start from, if they do.
     """
 
     rows: int
     phases: int
     store: PhaseStore
+    scratch: Scratch | None = None
     at_once: int = 1  # a unit overlaps its own reading, computing and writing
 
     def read(self, scene: Scene, unit: Tile) -> Scene:
@@ -94,6 +97,12 @@ class PhasedEngine:
         with self._stream(network, scene) as (stream, _):
             sums = stream.sums(phase, _band(stream, unit), self._before(stream, phase))
         self.store.save(phase, unit.index, sums)
+
+    def forget(self, network: Network, scene: Scene, phase: int) -> None:
+        """All bands of a phase are done: delete what no later one starts from."""
+        if self.scratch is not None:
+            with self._stream(network, scene) as (stream, _):
+                stream.forget(phase)
 
     def pieces(self, network: Network, unit: Tile, read: Scene) -> Iterator[Piece]:
         """Rows of the core as they leave the network."""
@@ -109,7 +118,8 @@ class PhasedEngine:
     def _stream(self, network: Network, scene: Scene) -> Iterator[tuple[BandedStream, SceneRows]]:
         _, height, width = scene.shape
         with SceneRows(scene, Window(0, 0, width, height)) as source:
-            yield BandedStream(streamed_model(network, scene.shape, self.rows), source), source
+            model = streamed_model(network, scene.shape, self.rows, self.scratch)
+            yield BandedStream(model, source), source
 
     def _before(self, stream: BandedStream, phase: int) -> list[PhaseSums]:
         """The whole sums of the phases before this one."""

@@ -4,9 +4,11 @@ Legend: C bands, B bands written, H and W rows and columns of the scene; core an
 """
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from bigvision.graph.geometry import padded_size
@@ -16,8 +18,10 @@ from bigvision.jobs.process.options import Options
 from bigvision.jobs.process.phases import PhasedEngine, PhaseStore
 from bigvision.jobs.process.precision import Precision
 from bigvision.jobs.process.results import ResultKind
-from bigvision.jobs.process.stream import StreamEngine, statistic_phases, streamed_bytes
+from bigvision.jobs.process.stream import StreamEngine, program_of, streamed_bytes
+from bigvision.streaming.checkpoints import Scratch
 from bigvision.streaming.plan import PIXELS_A_STEP
+from bigvision.streaming.spill import scratch_bytes
 from tiling import TileGrid, ZarrWriter
 from tiling.memory import CACHE_BYTES
 
@@ -40,7 +44,8 @@ class Plan:
     dtype: of the network; agreement: the part of classes on which bfloat16 agreed with float32 (None: not
     compared). predicted_bytes: peak of all `processes` that compute. step: rows of the scene that a streamed
     band advances by. phases: passes that take statistics over the scene, band by band, before the output is
-    computed; None where a band needs nothing but itself and its halo.
+    computed; None where a band needs nothing but itself and its halo. scratch: bytes of values that passes
+    keep beside the result for later ones.
     """
 
     engine: str
@@ -54,6 +59,7 @@ class Plan:
     processes: int
     step: int = 0
     phases: int | None = None
+    scratch: int = 0
 
     def grid(self, shape: tuple[int, int, int], writer: ZarrWriter) -> TileGrid:
         """The units of a scene [C, H, W]: squares, or full-width bands of rows."""
@@ -68,11 +74,15 @@ class Plan:
         rows = min(_strip_rows(shape[2], kind), self.tile)
         return rows, shape[2], rows
 
-    def runs(self, sums: PhaseStore) -> Engine:
-        """The engine as planned; `sums` is where statistics over the scene are kept."""
+    def runs(self, sums: PhaseStore, rows: Path) -> Engine:
+        """The engine as planned; its passes keep statistics in `sums` and values in the folder `rows`."""
         if self.engine == "tiles":
             return TilesEngine(self.stride)
-        return StreamEngine(self.step) if self.phases is None else PhasedEngine(self.step, self.phases, sums)
+        if self.phases is None:
+            return StreamEngine(self.step)
+        return PhasedEngine(
+            self.step, self.phases, sums, Scratch(rows, self.scratch) if self.scratch else None
+        )
 
     def reusing(self, rule: str) -> "Plan":
         """The same where parts of the result are by `rule` those of an earlier one."""
@@ -87,7 +97,10 @@ class Plan:
         bands = f"streamed bands of {self.tile} rows"
         if self.phases is None:
             return f"{bands} with a halo of {self.halo} px"
-        return f"{bands}, read {1 + self.phases} times for the scene's statistics" if self.phases else bands
+        if not self.phases:
+            return bands
+        kept = f", {_gib(self.scratch)} kept between them" if self.scratch else ""
+        return f"{bands}, {1 + self.phases} passes for the scene's statistics{kept}"
 
     def record(self) -> dict[str, Any]:
         """For JSON; `Plan(**record)` is the way back."""
@@ -112,15 +125,18 @@ def plan_scene(
     options: Options,
     precision: Precision,
     model: nn.Module,
+    disk: int,
 ) -> Plan:
     """Choose the engine and the cut; ValueError where nothing exact can be cut, or nothing fits `--memory`.
+
+    Of the `disk` bytes that are free where the result goes, passes of a stream may keep values in half.
 
     `auto` streams whatever can be traced, since bands repeat less of their neighbours than tiles do;
     `--tile`, `--halo` and `--compile` are words about tiles, and ask for them.
     """
     tiled = options.tile or options.halo is not None or options.compile or analysis.source != "graph"
     if options.engine == "stream" or (options.engine == "auto" and not tiled):
-        return _plan_stream(shape, kind, analysis, options, precision, model)
+        return _plan_stream(shape, kind, analysis, options, precision, model, disk)
     return _plan_tiles(shape, kind, analysis, options, precision)
 
 
@@ -131,6 +147,7 @@ def _plan_stream(
     options: Options,
     precision: Precision,
     model: nn.Module,
+    disk: int,
 ) -> Plan:
     if analysis.source != "graph":
         raise ValueError("--engine stream needs a network that can be traced; --engine tiles does not")
@@ -139,7 +156,7 @@ def _plan_stream(
     whole = padded_size(shape[1], shape[2], analysis.stride)[0]
     processes = options.workers or 1
     # Rows that depend on the whole scene are bands of its stream, which need no halo.
-    halo, phases = (0, statistic_phases(model, shape)) if analysis.inexact else (analysis.halo, None)
+    halo = 0 if analysis.inexact else analysis.halo
     band = options.tile or min(_BAND, -(-whole // processes))
     band = min(-(-band // analysis.stride) * analysis.stride, whole)
     each = (options.memory_bytes - _coordinator(options)) // processes
@@ -147,8 +164,10 @@ def _plan_stream(
     strips = 4 * _strip_rows(shape[2], kind) * shape[2] * _pixel_bytes(kind)
     strips += 8 * PIXELS_A_STEP * kind.channels
     fixed = _base(options) + CACHE_BYTES + 2 * analysis.parameter_bytes + strips + shape[1] * shape[2] // 8
-    tall = min(whole, band + 2 * halo) if phases is None else whole
-    for choice in streamed_bytes(model, (shape[0], tall, shape[2]), precision.dtype):
+    tall = whole if analysis.inexact else min(whole, band + 2 * halo)
+    limit = min(options.scratch_bytes, disk // 2)
+    program, stride = program_of(model, (shape[0], tall, shape[2]), precision.dtype, limit)
+    for choice in streamed_bytes(program, stride, precision.dtype):
         rows, needed = choice[0], fixed + choice[1]
         if needed <= each:
             break
@@ -168,7 +187,8 @@ def _plan_stream(
         predicted_bytes=needed * processes + _coordinator(options),
         processes=processes,
         step=rows,
-        phases=phases,
+        phases=len(program.passes) - 1 if analysis.inexact else None,
+        scratch=scratch_bytes(program, getattr(torch, precision.dtype)),
     )
 
 

@@ -1,5 +1,6 @@
 """One scene from its file to its result, going on from whatever an interrupted run left."""
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -150,7 +151,8 @@ def _begin(
     kind = ResultKind(options.output, network.classes, options.threshold)
     analysis = analyse(network.module, scene.shape)
     precision = choose_precision(scene, spec, options, kind, analysis.stride)
-    plan = plan_scene(scene.shape, kind, analysis, options, precision, network.module)
+    disk = shutil.disk_usage(ledger.folder).free
+    plan = plan_scene(scene.shape, kind, analysis, options, precision, network.module, disk)
     plan = plan.reusing(origin.reused) if origin.reused else plan
     writer = _create(ledger, target, scene, kind, plan, options)
     ledger.begin({"fingerprint": origin.fingerprint, "plan": plan.record(), "of": origin.record})
@@ -205,7 +207,7 @@ def _compute(
     watcher.planned(scene.raster.name, plan, scene.shape[1] * scene.shape[2], pixels)
     final = replace(spec, dtype=plan.dtype, compile=options.compile)
     kind = ResultKind(options.output, load_network(spec).classes, options.threshold)
-    engine = plan.runs(store)
+    engine = plan.runs(store, ledger.rows)
     work = Work(scene, final, engine, kind, writer, ledger, threads_each(options))
     tasks = len(left) + sum(map(len, to_sum))
 
@@ -216,6 +218,7 @@ def _compute(
         assert isinstance(engine, PhasedEngine)
         runner = PhaseRunner(work, engine, phase)
         map_tiles(runner, Unread(), None, units, client=client, workers=1, progress=progress)
+        engine.forget(load_network(final), scene, phase)
     map_tiles(
         UnitRunner(work), Unread(), None, left, client=client, workers=engine.at_once, progress=progress
     )

@@ -20,9 +20,11 @@ from bigvision.jobs.process.engine import Piece
 from bigvision.jobs.process.network import Network
 from bigvision.jobs.process.scene import Scene
 from bigvision.streaming import StreamedModel
+from bigvision.streaming.checkpoints import Scratch
 from bigvision.streaming.footprint import forward_bytes
 from bigvision.streaming.plan import HEAP_SLACK, row_choices
-from bigvision.streaming.program import compile_program
+from bigvision.streaming.program import Program, compile_program
+from bigvision.streaming.spill import spilled
 from datasets.pairs import Pixels
 from tiling import Tile
 
@@ -55,23 +57,33 @@ class StreamEngine:
                 yield Piece(window, logits[0, :, start - row : stop - row], source.valid(start, stop))
 
 
-def streamed_bytes(model: nn.Module, shape: tuple[int, int, int], dtype: str) -> Iterator[tuple[int, int]]:
-    """(image rows a step, bytes that streaming an image [C, H, W] so takes), the best choice first."""
+def program_of(
+    model: nn.Module, shape: tuple[int, int, int], dtype: str, scratch_limit: int = 0
+) -> tuple[Program, int]:
+    """(What streams an image [C, H, W], keeping `scratch_limit` bytes between passes; its total stride)."""
     traced, stride = trace_padded(model, shape)
-    program = compile_program(traced)
-    for rows in row_choices(*shape[1:], stride):
+    return spilled(compile_program(traced), getattr(torch, dtype), scratch_limit), stride
+
+
+def streamed_bytes(program: Program, stride: int, dtype: str) -> Iterator[tuple[int, int]]:
+    """(image rows a step, bytes that streaming so takes), the best choice first."""
+    for rows in row_choices(*program.traced.shape[1:], stride):
         yield rows, int(HEAP_SLACK * forward_bytes(program, rows, getattr(torch, dtype)))
 
 
-def statistic_phases(model: nn.Module, shape: tuple[int, int, int]) -> int:
-    """How many passes over a scene [C, H, W] take statistics before the output can be computed."""
-    return len(compile_program(trace_padded(model, shape)[0]).passes) - 1
-
-
 @lru_cache(maxsize=4)
-def streamed_model(network: Network, shape: tuple[int, int, int], rows: int) -> StreamedModel:
+def streamed_model(
+    network: Network, shape: tuple[int, int, int], rows: int, scratch: Scratch | None = None
+) -> StreamedModel:
     """Bands of one height share their schedule."""
-    return StreamedModel(network.module, shape, rows=rows, dtype=network.dtype, device=network.device)
+    return StreamedModel(
+        network.module,
+        shape,
+        rows=rows,
+        scratch=None if scratch is None else (scratch.folder, scratch.limit),
+        dtype=network.dtype,
+        device=network.device,
+    )
 
 
 class SceneRows:
@@ -84,6 +96,7 @@ class SceneRows:
         self.scene, self.window = scene, window
         self.shape = (scene.shape[0], window.height, window.width)
         self._seen = np.zeros((window.height, -(-window.width // 8)), np.uint8)
+        self._known = np.zeros(window.height, np.bool_)
         self._ahead: tuple[int, int, Future[NDArray[np.float32]]] | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="rows")
 
@@ -104,11 +117,14 @@ class SceneRows:
         return rows
 
     def valid(self, a: int, b: int) -> NDArray[np.bool_]:
-        """Where rows a to b have data, bool [b - a, w]."""
+        """Where rows a to b have data, bool [b - a, w]; read here where the network did not need them."""
+        if not self._known[a:b].all():
+            self._read(a, b)
         return np.unpackbits(self._seen[a:b], axis=1, count=self.window.width).astype(bool)
 
     def _read(self, a: int, b: int) -> NDArray[np.float32]:
         place = Window(self.window.col_off, self.window.row_off + a, self.window.width, b - a)
         pixels, valid = self.scene.read(place)
         self._seen[a:b] = np.packbits(valid, axis=1)
+        self._known[a:b] = True
         return pixels

@@ -7,7 +7,7 @@ from torch import nn
 
 from bigvision.jobs.process.options import parse_bytes
 from bigvision.jobs.process.planning import PROCESS_BYTES
-from bigvision.jobs.process.stream import streamed_bytes
+from bigvision.jobs.process.stream import program_of, streamed_bytes
 from bigvision.jobs.train_raster.options import TrainOptions
 from bigvision.streaming.backward import Budget
 from bigvision.streaming.checkpoints import Scratch
@@ -42,7 +42,8 @@ class Memory:
         Raises:
             ValueError: none fits; it says the least that does.
         """
-        for rows, needed in streamed_bytes(model, shape, str(dtype).removeprefix("torch.")):
+        name = str(dtype).removeprefix("torch.")
+        for rows, needed in streamed_bytes(*program_of(model, shape, name), name):
             if needed <= self.left:
                 return rows
         raise self.too_little(f"streaming {shape[2]} columns", needed)
