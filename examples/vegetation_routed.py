@@ -20,7 +20,7 @@ from bigvision.jobs.process.run import run_scene
 from bigvision.routing.route_file import RouteSpec, write_route
 
 CHEAP = Settings(trees=12, windows=3, rate=0.25)
-REGION, BUDGET = 16, 0.4  # pixels; a share that leaves just under half of the arithmetic
+REGION, BUDGET = 32, 0.38  # pixels; a share that leaves just under half of the arithmetic
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ def routed_vegetation(
     route = RouteSpec(jobs["cheap"].model, jobs["cheap"].weights, region, "entropy", budget)
     write_route(route, out / "ROUTE.toml", folder=out)
     jobs["routed"] = replace(jobs["full"], route=out / "ROUTE.toml")
-    share = max(plan.share for plan in forecast_route(str(newest), jobs["routed"]))
+    forecast = forecast_route(str(newest), jobs["routed"])
+    share = max(forecast.compact.share, forecast.scattered.share)
     iou, seconds, summary = {}, {}, ""
     for name, job in jobs.items():
         target = out / name / newest.name

@@ -11,7 +11,7 @@ from bigvision.cli.process import DType, Engine, Output, band_numbers, numbers
 
 if TYPE_CHECKING:
     from bigvision.jobs.plan import RasterPlan
-    from bigvision.jobs.process.options import Options
+    from bigvision.jobs.process.route_forecast import RouteForecast
 
 
 def plan(
@@ -64,22 +64,29 @@ def plan(
     )
     found = job(scene, options, scratch_limit=0 if scratch_limit is None else options.scratch_bytes)
     typer.echo(text(found))
+    record = found.record()
     if route is not None:
-        typer.echo(_route_line(scene, replace(options, route=route, tile=None, halo=None, workers=None)))
+        from bigvision.jobs.process.route_forecast import forecast_route
+
+        alone = replace(options, route=route, tile=None, halo=None, workers=None, engine="auto")
+        forecast = forecast_route(scene, alone)
+        typer.echo(_route_lines(forecast, found))
+        record["route"] = forecast.record()
     if json is not None:
-        json.write_text(json_format.dumps(found.record(), indent=1) + "\n")
+        json.write_text(json_format.dumps(record, indent=1) + "\n")
 
 
-def _route_line(scene: str, options: "Options") -> str:
-    """What `bigvision process --route` would cost."""
-    from bigvision.jobs.process.route_forecast import forecast_route
-
-    compact, scattered = forecast_route(scene, options)
+def _route_lines(forecast: "RouteForecast", found: "RasterPlan") -> str:
+    """What `bigvision process --route` would cost, beside what it would without."""
+    compact, scattered = forecast.compact, forecast.scattered
     unpaid = "" if compact.pays else ": it would not pay"
+    unrouted = f", {_seconds(found.seconds)} unrouted ({found.dtype})" if found.cut else ""
     return (
         f"{'routed':<17}{compact.share:.0%} of the full network everywhere if the full regions lie together, "
         f"{scattered.share:.0%} if scattered{unpaid} ({compact.regions} regions, "
-        f"{compact.experts[1].regions} of them in full)"
+        f"{compact.experts[1].regions} of them in full)\n"
+        f"{'routed time':<17}{_seconds(forecast.seconds_compact)} of computing here if they lie together, "
+        f"{_seconds(forecast.seconds_scattered)} if scattered ({forecast.dtype}){unrouted}"
     )
 
 
@@ -126,7 +133,7 @@ def _job_lines(found: "RasterPlan") -> list[tuple[str, str]]:
         ("predicted peak", _size(cut.predicted_bytes)),
         (
             "computing time",
-            f"{found.seconds:.0f} s here ({_rate(found):.2f} megapixels/s); "
+            f"{_seconds(found.seconds)} here ({_rate(found):.2f} megapixels/s); "
             "starting, reading and writing come on top",
         ),
         ("output", f"{_size(found.output_bytes)} before compression"),
@@ -135,6 +142,10 @@ def _job_lines(found: "RasterPlan") -> list[tuple[str, str]]:
 
 def _rate(found: "RasterPlan") -> float:
     return found.shape[1] * found.shape[2] / 1e6 / max(found.seconds, 1e-9)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f} s" if value >= 10 else f"{value:.2g} s"
 
 
 def _size(size: float) -> str:

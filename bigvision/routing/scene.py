@@ -180,6 +180,14 @@ class SceneRouter:
             at = self._window(cell)
             emit(at, _crop(logits, self._window(rectangle.box), at), _crop(valid, origin, at))
 
+    @torch.inference_mode()
+    def rehearse(self, expert: int, box: Box) -> None:
+        """Compute a box of regions as if all pixels were 0, for the time it takes."""
+        job = self.programs[expert].job(self._grids[expert].out(box))
+        x = torch.zeros(1, self.source.shape[0], job.read.height, job.read.width)
+        x = x.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
+        self.programs[expert].run(x, job.alike).float().cpu()
+
     def rectangles(self, mask: NDArray[np.bool_], expert: int, within: Box | None = None) -> list[Rectangle]:
         """The selected regions of the scene (or of a box of it), joined where that is cheaper."""
         corner = (0, 0) if within is None else (within.top, within.left)

@@ -12,7 +12,6 @@ from rasterio.crs import CRS
 
 from bigvision.jobs.process import Options, run_scene
 from bigvision.jobs.process import routed as routed_module
-from bigvision.jobs.process.route_forecast import forecast_route
 from bigvision.jobs.process.route_state import UNSURE, RouteState
 from bigvision.jobs.process.run import Watcher
 from bigvision.models.spec import load_model
@@ -207,14 +206,3 @@ def test_previous_runs_of_another_grid_or_model_are_refused(tmp_path: Path, pixe
     with pytest.raises(ValueError, match="changed since"):
         run_scene((shifted.replace("shifted", "first"),), tmp_path / "b.zarr", plain(earlier))
     assert not (tmp_path / "b.zarr").exists()
-
-
-def test_a_forecast_spends_the_whole_budget_in_two_layouts(tmp_path: Path, pixels: np.ndarray) -> None:
-    scene = write(tmp_path / "scene.tif", pixels)
-    compact, scattered = forecast_route(scene, options(tmp_path, 0.25))
-    assert compact.experts[1].regions == scattered.experts[1].regions == 25 // 4
-    assert 0.25 < compact.share < 1 and 0.25 < scattered.share < 1 and compact.pays
-    assert compact.experts[1].rectangles < scattered.experts[1].rectangles
-    nothing, _ = forecast_route(scene, options(tmp_path, 0.0))
-    everything, _ = forecast_route(scene, options(tmp_path, 1.0))
-    assert nothing.share < compact.share < everything.share and not everything.pays

@@ -1,5 +1,6 @@
 """`bigvision process --route`, `--previous` and `bigvision plan --route` as they are typed."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -132,13 +133,25 @@ def test_process_copies_what_an_earlier_run_has(tmp_path: Path, pixels: NDArray[
 def test_plan_says_what_a_route_would_cost_and_whether_it_would_pay(tmp_path: Path) -> None:
     scene = write_scene(tmp_path / "scene.tif", random_pixels((2, 5 * REGION, 5 * REGION)))
 
+    report = tmp_path / "plan.json"
+
     def planned(budget: float) -> str:
-        output = type_in("plan", scene, *COMMON, "--route", route(tmp_path, budget))
-        (line,) = (line for line in output.splitlines() if line.startswith("routed"))
-        return line
+        output = type_in("plan", scene, *COMMON, "--route", route(tmp_path, budget), "--json", report)
+        found = json.loads(report.read_text())
+        lines = {line[:17].strip(): line[17:] for line in output.splitlines()}
+        # Routed and unrouted seconds side by side, the latter as `computing time` has them.
+        told = re.fullmatch(
+            r"(\S+) s of computing here if they lie together, (\S+) s if scattered \(float32\), "
+            r"(\S+ s) unrouted \(float32\)",
+            lines["routed time"],
+        )
+        assert told and lines["computing time"].startswith(f"{told[3]} here")
+        for text, value in ((told[1], "seconds_compact"), (told[2], "seconds_scattered")):
+            assert float(text) == pytest.approx(found["route"][value], rel=0.06) and float(text) > 0
+        return lines["routed"]
 
     pattern = (
-        r"routed +(\d+)% of the full network everywhere if the full regions lie together, (\d+)% if "
+        r"(\d+)% of the full network everywhere if the full regions lie together, (\d+)% if "
         r"scattered(: it would not pay)? \(25 regions, (\d+) of them in full\)"
     )
     for budget, full in ((0.24, 6), (1.0, 25)):

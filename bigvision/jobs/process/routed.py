@@ -106,7 +106,7 @@ def run_routed(
     watcher: RouteWatcher,
 ) -> Routed:
     """Route one scene into `target`, going on from what was stored of the same scene and networks."""
-    base, dtype = base_fingerprint(origin.record), _dtype(options)
+    base, dtype = base_fingerprint(origin.record), route_dtype(options)
     router, kind = _router(scene, spec, options)
     state = RouteState(ledger.folder, router.grid)
     writer = _open(ledger, target, scene, kind, router.spec, options, base, state)
@@ -129,7 +129,7 @@ def run_routed(
 def _router(scene: Scene, spec: NetworkSpec, options: Options) -> tuple[SceneRouter, ResultKind]:
     """Both networks over the scene, and what is written of their logits."""
     route = route_of(options)
-    full_spec = replace(spec, dtype=_dtype(options), compile=False)
+    full_spec = replace(spec, dtype=route_dtype(options), compile=False)
     full = load_network(full_spec)
     cheap = load_network(replace(full_spec, model=route.model, weights=route.weights))
     router = SceneRouter(
@@ -264,7 +264,7 @@ def _open(
     return writer
 
 
-def _dtype(options: Options) -> str:
+def route_dtype(options: Options) -> str:
     """float32 unless asked otherwise: two networks, of which only the classes of one could be compared."""
     return "float32" if options.dtype == "auto" else options.dtype
 
