@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import multiprocessing
 import os
 import resource
@@ -14,7 +13,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -57,25 +57,43 @@ def arguments(out: Path, **changed: str) -> list[str]:
 
 
 def run(world: int, out: Path, before: Callable[[int], Any] | None = None, **changed: str) -> list[str]:
-    """Run the job on some ranks; returns what each rank ended with ("" is well).
-
-    The ranks are forked from a process of their own: this one has used autograd's threads, which no fork
-    survives.
-    """
+    """Run the job on some ranks; returns what each rank ended with ("" is well)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    call = cloudpickle.dumps(partial(run_forked, world, out, port, before, changed))
-    code = "import sys, cloudpickle; sys.stdout.buffer.write(cloudpickle.loads(sys.stdin.buffer.read())())"
-    done = subprocess.run([sys.executable, "-c", code], input=call, stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    launcher().send_bytes(cloudpickle.dumps(partial(run_forked, world, out, port, before, changed)))
+    answers: list[str] = launcher().recv()
+    return answers
+
+
+LAUNCHER = """
+import sys
+from multiprocessing.connection import Connection
+import cloudpickle
+calls = Connection(int(sys.argv[1]))
+try:
+    while True:
+        calls.send(cloudpickle.loads(calls.recv_bytes())())
+except EOFError:
+    pass
+"""
+
+
+@cache
+def launcher() -> Connection:
+    """To the process that forks the ranks: this one has used autograd's threads, which no fork survives."""
+    here, there = multiprocessing.Pipe()
+    command = [sys.executable, "-c", LAUNCHER, str(there.fileno())]
+    subprocess.Popen(command, stdout=subprocess.DEVNULL, pass_fds=[there.fileno()])
+    there.close()
+    return here
 
 
 def run_forked(
     world: int, out: Path, port: int, before: Callable[[int], Any] | None, changed: dict[str, str]
-) -> bytes:
-    """The ranks' answers, as one line of JSON."""
+) -> list[str]:
+    """The ranks' answers."""
     import matplotlib.figure  # noqa: F401  what a run imports late, once for all ranks
     import torch._dynamo
     import torch.utils.tensorboard
@@ -107,7 +125,7 @@ def run_forked(
     for process in ranks:
         process.kill()
     ends = ["killed" if queue.empty() else queue.get() for queue in answers]
-    return b"\n" + json.dumps(["a rank hangs"] if hung else ends).encode()
+    return ["a rank hangs"] if hung else ends
 
 
 def curve(out: Path) -> list[dict[str, float]]:

@@ -83,10 +83,11 @@ def command(pairs: Path, out: Path, options: TrainOptions) -> list[str]:
 @pytest.mark.parametrize(
     "options",
     [
-        replace(FAST, epochs=4, steps_per_epoch=12, checkpoint_every=4),
-        replace(WHOLE, epochs=24, checkpoint_every=4),
+        pytest.param(replace(FAST, epochs=4, steps_per_epoch=12, checkpoint_every=4), id="crops"),
+        pytest.param(
+            replace(WHOLE, epochs=24, checkpoint_every=4), id="whole scenes", marks=pytest.mark.slow
+        ),
     ],
-    ids=["crops", "whole scenes"],
 )
 def test_kill_9_loses_nothing(pairs: Path, tmp_path: Path, options: TrainOptions) -> None:
     killed = subprocess.Popen(command(pairs, tmp_path / "parts", options))

@@ -67,13 +67,13 @@ def cut_error(seed: int, height: int, rows: int, cuts: list[int], scratch: tuple
     return error(found, whole(model, image, streamed.stride))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(**CUTS)
 def test_any_cut_of_any_network(seed: int, height: int, rows: int, cuts: list[int]) -> None:
     assert cut_error(seed, height, rows, cuts, None) < 1e-10
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(**CUTS)
 def test_any_cut_that_starts_from_kept_values(seed: int, height: int, rows: int, cuts: list[int]) -> None:
     """Behind every pass, whatever that costs."""
@@ -103,7 +103,9 @@ def test_rows_that_only_serve_an_operator_are_not_summed() -> None:
 
 
 @pytest.mark.parametrize("scratch", [0, 10**8])
-@pytest.mark.parametrize("name", ["PSPNet-efficientnet-b0", "DeepLabV3Plus-resnet18"])
+@pytest.mark.parametrize(
+    "name", ["DeepLabV3Plus-resnet18", pytest.param("PSPNet-efficientnet-b0", marks=pytest.mark.slow)]
+)
 def test_networks_with_phases(name: str, scratch: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, image = NETWORKS[name]().double().eval(), torch.randn(3, 101, 75, dtype=torch.float64)

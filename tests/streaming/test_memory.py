@@ -66,7 +66,9 @@ def test_growth_is_as_predicted(dtype: str) -> None:
     assert growth == pytest.approx(predicted, rel=0.15)
 
 
-@pytest.mark.parametrize("name", ["Unet-resnet18", "FPN-efficientnet-b0"])
+@pytest.mark.parametrize(
+    "name", ["Unet-resnet18", pytest.param("FPN-efficientnet-b0", marks=pytest.mark.slow)]
+)
 def test_predictions_depend_on_the_width_alone(name: str) -> None:
     found = {}
     model: nn.Module = NETWORKS[name]().eval()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bigvision.graph import UnsupportedOperatorError, UntraceableError
 from bigvision.streaming import StreamedModel
 
-FAST = ("Unet-resnet18", "DeepLabV3Plus-mobilenet_v2", "resnet18 (classifier)", "lraspp_mobilenet_v3_large")
+FAST = ("Unet-resnet18", "DeepLabV3Plus-resnet18", "resnet18 (classifier)")
 REFUSED = tuple(name for name in NETWORKS if name.startswith("MAnet"))
 
 
