@@ -85,7 +85,7 @@ def command(pairs: Path, out: Path, options: TrainOptions) -> list[str]:
     [
         pytest.param(replace(FAST, epochs=4, steps_per_epoch=12, checkpoint_every=4), id="crops"),
         pytest.param(
-            replace(WHOLE, epochs=24, checkpoint_every=4), id="whole scenes", marks=pytest.mark.slow
+            replace(WHOLE, epochs=24, checkpoint_every=4), id="whole", marks=pytest.mark.slow
         ),
     ],
 )
