@@ -84,9 +84,7 @@ def command(pairs: Path, out: Path, options: TrainOptions) -> list[str]:
     "options",
     [
         pytest.param(replace(FAST, epochs=4, steps_per_epoch=12, checkpoint_every=4), id="crops"),
-        pytest.param(
-            replace(WHOLE, epochs=24, checkpoint_every=4), id="whole", marks=pytest.mark.slow
-        ),
+        pytest.param(replace(WHOLE, epochs=24, checkpoint_every=4), id="whole", marks=pytest.mark.slow),
     ],
 )
 def test_kill_9_loses_nothing(pairs: Path, tmp_path: Path, options: TrainOptions) -> None:
