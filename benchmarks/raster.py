@@ -135,7 +135,8 @@ def measure_peer(name: str, scene: Path, dtype: str, tile: int, keep: Path) -> d
     network = load_network(NetworkSpec(MODEL, None, False, 4, dtype))
     network(torch.zeros(4, 256, 256))
     begun, worked = time.perf_counter(), time.process_time()
-    logits = PEERS[name](network, scene, tile)
+    with torch.inference_mode():
+        logits = PEERS[name](network, scene, tile)
     logits.argmax(0)
     seconds, cpu = time.perf_counter() - begun, time.process_time() - worked
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
