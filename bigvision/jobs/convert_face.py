@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bigvision.models.embedding import BackboneSpec, build_backbone, save_backbone
+from bigvision.models.weights import told
 from tiling.publish import publish
 
 NETWORKS = {
@@ -54,7 +55,7 @@ def convert_weights(source: Path, out: Path, backbone: str | None = None) -> Con
         loaded = _read(source)
         state, centres = loaded.get("state_dict_backbone", loaded), None
     state = {name.removeprefix("module."): value for name, value in state.items()}
-    name = backbone or recognise(state)
+    name = backbone or recognise(state, source)
     spec = BackboneSpec(name, *_sizes(state, name))
     model = build_backbone(spec)
     try:
@@ -66,8 +67,8 @@ def convert_weights(source: Path, out: Path, backbone: str | None = None) -> Con
     return Converted(out, spec, path, 0 if centres is None else len(centres))
 
 
-def recognise(state: dict[str, Tensor]) -> str:
-    """The name of the backbone a state dict belongs to; ValueError where it is none of ours."""
+def recognise(state: dict[str, Tensor], source: Path) -> str:
+    """The name of the backbone that the state dict of `source` is of; ValueError where it is none of ours."""
     if "conv_sep.layers.0.weight" in state:
         wide = state["conv_sep.layers.0.weight"].shape[1] > 256
         return "mobilefacenet_large" if wide else "mobilefacenet"
@@ -76,7 +77,8 @@ def recognise(state: dict[str, Tensor]) -> str:
     depth = next((name for depths, name in known.items() if list(depths) == units), None)
     if depth is None or "fc.weight" not in state:
         raise ValueError(
-            f"weights with {units} residual units in four layers are none of the known backbones"
+            f"{source} holds the weights of none of the known backbones: "
+            f"{units} residual units in four layers"
         )
     return f"iresnet{depth}"
 
@@ -165,8 +167,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is no file of plain tensors: {first}") from error
+        raise ValueError(f"{path} is no file of plain tensors: {told(error)}") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, not a state dict")
     return loaded
@@ -174,7 +175,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _rank_files(folder: Path) -> list[Path]:
     found = {int(match[1]): path for path in folder.iterdir() if (match := RANK_FILE.fullmatch(path.name))}
-    if not found or sorted(found) != list(range(len(found))):
+    if not found:
+        raise ValueError(f"{folder} holds no checkpoint_gpu_*.pt")
+    if sorted(found) != list(range(len(found))):
         raise ValueError(
             f"{folder} holds checkpoint_gpu_*.pt of the ranks {sorted(found)}: not a complete set"
         )

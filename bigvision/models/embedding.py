@@ -123,7 +123,9 @@ def load_backbone(path: str | Path, spec: BackboneSpec | None = None) -> tuple[n
         raise ValueError(f"weights {path} do not exist")
     found = read_backbone_spec(path)
     if found is None and spec is None:
-        raise ValueError(f"weights {path} don't say which backbone they are for: name it (iresnet50, ...)")
+        raise ValueError(
+            f"weights {path} don't say which backbone they are for: name it (--backbone iresnet50, ...)"
+        )
     chosen = found or spec
     assert chosen is not None
     model = build_backbone(chosen)

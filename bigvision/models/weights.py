@@ -1,5 +1,6 @@
 """A file of weights into a module: safetensors, or a state dict read without unpickling code."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"weights {path} are neither safetensors nor a state dict of plain tensors: {_short(error)}"
+            f"weights {path} are neither safetensors nor a state dict of plain tensors: {told(error)}"
         ) from error
     return _state_of(loaded, path)
 
@@ -70,5 +71,14 @@ def _some(what: str, names: list[str]) -> str:
     return f"{what}: {', '.join(names[:3])}{more}"
 
 
-def _short(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+def told(error: BaseException) -> str:
+    """What is wrong with a file, in the first line of an error.
+
+    torch's refusal to unpickle begins with advice on switching it off; its cause stands further below.
+    """
+    text = str(error).strip()
+    called = re.search(r"GLOBAL (\S+)", text)
+    if called:
+        return f"it needs {called[1]!r}, and only tensors are loaded"
+    cause = re.search(r"WeightsUnpickler error: (.+)", text)
+    return next(iter((cause[1] if cause else text).splitlines()), type(error).__name__)[:200]

@@ -77,12 +77,17 @@ def test_per_rank_checkpoints_are_joined_in_class_order(tmp_path: Path) -> None:
         convert_weights(tmp_path, tmp_path / "out.safetensors")
 
 
+def test_a_folder_without_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no checkpoint_gpu_\*\.pt"):
+        convert_weights(tmp_path, tmp_path / "out.safetensors")
+
+
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "backbone.pth"
     for saved, message in (
-        ({"weight": torch.zeros(3)}, "none of the known backbones"),
+        ({"weight": torch.zeros(3)}, r"backbone\.pth holds the weights of none of the known"),
         ([torch.zeros(3)], "holds a list"),
-        ({"a": Path("x")}, "no file of plain tensors"),
+        ({"a": Path("x")}, "no file of plain tensors: it needs .pathlib"),
     ):
         torch.save(saved, path)
         with pytest.raises(ValueError, match=message):
