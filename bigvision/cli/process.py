@@ -46,14 +46,16 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
-def numbers(text: str | None) -> tuple[float, ...] | None:
-    """`1,2.5` as (1.0, 2.5)."""
+def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    """`1,2.5` as (1.0, 2.5); what can't be read so is refused by the option's name."""
     if text is None:
         return None
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a comma-separated list of numbers") from None
+        raise typer.BadParameter(
+            f"{text!r} is not a comma-separated list of numbers", param_hint=option
+        ) from None
 
 
 def band_numbers(text: str | None) -> tuple[int, ...] | None:
@@ -63,7 +65,9 @@ def band_numbers(text: str | None) -> tuple[int, ...] | None:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a comma-separated list of band numbers") from None
+        raise typer.BadParameter(
+            f"{text!r} is not a comma-separated list of band numbers", param_hint="--bands"
+        ) from None
 
 
 def process(
@@ -139,8 +143,8 @@ def process(
         stack=stack,
         resolution=resolution,
         aoi=aoi,
-        mean=numbers(mean),
-        std=numbers(std),
+        mean=numbers(mean, "--mean"),
+        std=numbers(std, "--std"),
         scale=scale,
         output=output.value,
         threshold=threshold,

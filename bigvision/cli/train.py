@@ -72,11 +72,13 @@ def train(
         model=model,
         weights=weights,
         bands=band_numbers(bands),
-        mean=numbers(mean),
-        std=numbers(std),
+        mean=numbers(mean, "--mean"),
+        std=numbers(std, "--std"),
         scale=scale,
         loss=loss,
-        class_weights=class_weights if class_weights == "balanced" else numbers(class_weights),
+        class_weights=class_weights
+        if class_weights == "balanced"
+        else numbers(class_weights, "--class-weights"),
         epochs=epochs,
         crop=crop,
         batch=batch,

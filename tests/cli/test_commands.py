@@ -41,6 +41,11 @@ def test_help_imports_no_job_and_no_torch() -> None:
 def test_ingest_and_export_are_inverse(tmp_path: Path) -> None:
     scene = write(tmp_path / "scene.tif")
     assert run("ingest", scene, tmp_path / "scene.zarr").returncode == 0
+    assert (
+        "scene.zarr: exists already; --overwrite replaces it"
+        in run("ingest", scene, tmp_path / "scene.zarr").stderr
+    )
+    assert run("ingest", scene, tmp_path / "scene.zarr", "--overwrite").returncode == 0
     assert run("export", tmp_path / "scene.zarr", tmp_path / "back.tif").returncode == 0
     with rasterio.open(scene) as one, rasterio.open(tmp_path / "back.tif") as other:
         assert (one.read() == other.read()).all()

@@ -206,7 +206,7 @@ class TestPlaces:
     def test_a_folder_that_is_a_file(self, tmp_path: Path) -> None:
         scene = write_scene(tmp_path / "scene.tif", random_pixels((3, 40, 50)))
         (tmp_path / "out").write_text("in the way")
-        with pytest.raises(OSError, match=r"out: can't be written to"):
+        with pytest.raises(OSError, match=r"out: can't be written to: it is a file, no folder"):
             process_scenes([str(scene)], tmp_path / "out", Options(model=MODEL))
 
     def test_a_scheduler_that_does_not_answer(self, tmp_path: Path) -> None:

@@ -36,7 +36,9 @@ def nearest(probes: np.ndarray, gallery: np.ndarray, k: int, *, tile: int = TILE
     if probes.ndim != 2 or gallery.ndim != 2 or probes.shape[1] != gallery.shape[1]:
         raise ValueError(f"probes {probes.shape} do not fit a gallery {gallery.shape}")
     if not 1 <= k <= len(gallery):
-        raise ValueError(f"{k} neighbours out of a gallery of {len(gallery)}")
+        raise ValueError(
+            f"{k} neighbours out of a gallery of {len(gallery)}: from 1 to {len(gallery)} can be asked for"
+        )
     best = torch.full((len(probes), 0), -2.0)
     rows = torch.empty((len(probes), 0), dtype=torch.int64)
     rows_at_once = min(tile, max(1, CELLS // max(1, len(probes))))

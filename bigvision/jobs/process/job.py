@@ -66,5 +66,7 @@ def _check_writable(out: Path) -> None:
         with tempfile.TemporaryFile(dir=out) as file:
             file.write(b"\0" * 4096)
             file.flush()
+    except FileExistsError as error:
+        raise OSError(f"{out}: can't be written to: it is a file, no folder") from error
     except OSError as error:
         raise OSError(f"{out}: can't be written to: {error.strerror or error}") from error
