@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 from train_runs import (
     FAST,
@@ -27,7 +28,7 @@ from train_runs import (
 )
 
 from bigvision.jobs.train_raster import TrainOptions, train
-from bigvision.jobs.train_raster.curves import read_curve
+from bigvision.jobs.train_raster.curves import draw_curves, read_curve
 from bigvision.jobs.train_raster.losses import build_loss
 from bigvision.jobs.train_raster.scene_steps import SceneSteps
 from bigvision.jobs.train_raster.steps import CropSteps
@@ -53,6 +54,9 @@ def test_training_learns_and_leaves_what_process_takes(pairs: Path, tmp_path: Pa
     assert f"--model '{MODEL}' --weights {result.weights} --scale 255 --mean 0.4 --std 0.2" in result.command
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "mean IoU" in said[-1]
+    draw_curves(read_curve(tmp_path / "run" / "training.csv"), [], 5, tmp_path / "unscored.png")
+    widths = [Image.open(tmp_path / name).width for name in ("run/curves.png", "unscored.png")]
+    assert widths == [900, 450]  # no panel for scores that there are none of
     train(pairs, tmp_path / "run", options, said.append)
     assert "finished already (36 steps)" in said[-1]
 

@@ -80,22 +80,17 @@ class Curves:
             return
         from matplotlib.figure import Figure
 
-        figure = Figure((9, 4), layout="constrained")
-        left, right = figure.subplots(1, 2)
+        panels = 2 if self.scores else 1
+        figure = Figure((4.5 * panels, 4), layout="constrained")
+        left, *others = figure.subplots(1, panels, squeeze=False)[0]
         steps = [point.step for point in self.points]
         left.plot(steps, [point.loss for point in self.points], color="tab:blue")
         left.set(xlabel="step", ylabel="loss")
         rate = left.twinx()
         rate.plot(steps, [point.lr for point in self.points], color="tab:gray", linewidth=0.8)
         rate.set_ylabel("learning rate")
-        for data in dict.fromkeys(score.data for score in self.scores):
-            mine = [score for score in self.scores if score.data == data]
-            right.plot(
-                [score.step for score in mine], [score.accuracy for score in mine], marker=".", label=data
-            )
-        right.set(xlabel="step", ylabel="verification accuracy")
-        if self.scores:
-            right.legend()
+        for right in others:
+            _draw_scores(right, self.scores)
         partial = self.folder / "curves.partial.png"
         figure.savefig(partial, dpi=120)
         partial.replace(self.folder / "curves.png")
@@ -105,6 +100,14 @@ class Curves:
         self.draw()
         if self._events is not None:
             self._events.close()
+
+
+def _draw_scores(axes: Any, scores: list[Score]) -> None:
+    for data in dict.fromkeys(score.data for score in scores):
+        mine = [score for score in scores if score.data == data]
+        axes.plot([score.step for score in mine], [score.accuracy for score in mine], marker=".", label=data)
+    axes.set(xlabel="step", ylabel="verification accuracy")
+    axes.legend()
 
 
 def _kept(path: Path, kind: type, step: int) -> list[Any]:

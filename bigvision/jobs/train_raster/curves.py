@@ -127,11 +127,12 @@ def draw_curves(training: list[Row], validation: list[Row], classes: int, path: 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    loss, score = figure.subplots(1, 2)
+    panels = 2 if validation else 1  # without held-out scenes there is nothing to score
+    figure = Figure(figsize=(4.5 * panels, 3.6), layout="constrained")
+    loss, *scores = figure.subplots(1, panels, squeeze=False)[0]
     loss.plot([r["step"] for r in training], [r["loss"] for r in training], lw=0.8, alpha=0.6, label="train")
     steps = [r["step"] for r in validation]
-    if validation:
+    for score in scores:
         loss.plot(steps, [r["loss"] for r in validation], "o-", label="validation")
         for k in range(classes):
             score.plot(steps, [r[f"iou_{k}"] for r in validation], lw=0.8, label=f"class {k}")
@@ -140,7 +141,7 @@ def draw_curves(training: list[Row], validation: list[Row], classes: int, path: 
         score.legend(fontsize=7, ncols=1 + classes // 8)
     loss.set_yscale("log")
     loss.legend()
-    for axes, name in ((loss, "loss"), (score, "IoU on held-out scenes")):
+    for axes, name in zip((loss, *scores), ("loss", "IoU on held-out scenes"), strict=False):
         axes.set_xlabel("step")
         axes.set_title(name)
     staging = staging_name(path).with_suffix(".png")
