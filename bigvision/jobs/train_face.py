@@ -102,9 +102,11 @@ def train(options: TrainOptions, world: World) -> None:
     if options.plan:
         return
     with world.together("preparing"):
-        start = _starting_point(options, restarted=world.restarts > 0)
+        start = checkpoint.starting_point(options.out, options.resume, restarted=world.restarts > 0)
         backbone = _backbone(options, world)
         centres = None if options.centres is None else open_centres(options.centres)
+        if world.leads:  # only now: a refused command leaves those of the run that stands there
+            (options.out / "options.json").write_text(json.dumps(options.described(), indent=1))
     # What follows speaks with the other ranks, and tells them of its own failures.
     head = _head(options, plan, world)
     if centres is not None:
@@ -114,24 +116,6 @@ def train(options: TrainOptions, world: World) -> None:
     run = Run(options, world, plan, batches, training, stepper, schedule, evaluations)
     step = 0 if start is None else checkpoint.load(start, training, run.settings, world)
     _loop(run, step)
-
-
-def _starting_point(options: TrainOptions, *, restarted: bool = False) -> Path | None:
-    """The checkpoint to go on from, if any; a run that torchrun restarted goes on from its own last one."""
-    found = checkpoint.checkpoints(options.out / "checkpoints")
-    if options.resume == "none" and found:
-        raise ValueError(f"{options.out} holds a run up to {found[-1].name}: --resume auto, or another --out")
-    if options.resume == "none" or (options.resume == "auto" and not found):
-        return None
-    if options.resume == "auto":
-        return found[-1]
-    chosen = Path(options.resume)
-    later = [path.name for path in found if path.name > chosen.name]
-    if later and restarted:
-        return found[-1]
-    if later:  # going on from here would mix two runs: a restart would take the other one's
-        raise ValueError(f"{options.out} holds later checkpoints ({', '.join(later)}): choose another --out")
-    return chosen
 
 
 def _backbone(options: TrainOptions, world: World) -> nn.Module:
@@ -339,7 +323,6 @@ def _guarded(options: TrainOptions, world: World) -> None:
         if world.leads:
             options.out.mkdir(parents=True, exist_ok=True)
             marker.unlink(missing_ok=True)
-            (options.out / "options.json").write_text(json.dumps(options.described(), indent=1))
     if world.restarts and options.resume == "none":
         options = parse_again(options)
     try:

@@ -98,6 +98,15 @@ def test_a_refused_run_ends_with_its_own_sentence(monkeypatch: pytest.MonkeyPatc
         launch.launch(arguments, ranks=2, max_restarts=3)
 
 
+def test_a_folder_with_another_run_is_refused_before_ranks_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(launch.subprocess, "run", lambda *_, **__: pytest.fail("started"))
+    (tmp_path / "checkpoints" / "step-00000075").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds a run up to step-00000075: --resume auto"):
+        launch.launch(["--data", "synthetic:4", "--out", str(tmp_path)], ranks=1, max_restarts=3)
+
+
 def test_weights_that_do_not_exist_are_said_to_be_missing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.safetensors do not exist"):
         call("export", "--weights", tmp_path / "none.safetensors", "--out", tmp_path / "face.pt2")

@@ -185,8 +185,10 @@ def test_a_run_on_one_rank_is_the_run_on_two(finished: Path, tmp_path: Path) -> 
 
 
 def test_a_run_that_exists_is_not_overwritten(finished: Path) -> None:
-    (message,) = run(1, finished)
+    options = (finished / "options.json").read_text()
+    (message,) = run(1, finished, seed="5")
     assert "holds a run up to step-00000008: --resume auto" in message
+    assert (finished / "options.json").read_text() == options
 
 
 def test_two_runs_are_not_mixed(finished: Path) -> None:
@@ -198,13 +200,15 @@ def test_a_run_from_a_chosen_checkpoint_is_restarted_from_its_own_last_one(tmp_p
     """Later checkpoints refuse a start, but a restart by torchrun made them itself."""
     chosen = tmp_path / "other" / "step-00000005"
     options = parse(arguments(tmp_path / "run", resume=str(chosen)))
-    assert train_face._starting_point(options, restarted=True) == chosen  # died before the first was saved
+    assert (
+        checkpoint.starting_point(options.out, options.resume, restarted=True) == chosen
+    )  # died before the first was saved
     own = tmp_path / "run" / "checkpoints" / "step-00000009"
     own.mkdir(parents=True)
     (own.parent / "step-00000003").mkdir()
-    assert train_face._starting_point(options, restarted=True) == own
+    assert checkpoint.starting_point(options.out, options.resume, restarted=True) == own
     with pytest.raises(ValueError, match="later checkpoints"):
-        train_face._starting_point(options)
+        checkpoint.starting_point(options.out, options.resume)
 
 
 def test_a_process_killed_while_saving_loses_nothing(tmp_path: Path) -> None:

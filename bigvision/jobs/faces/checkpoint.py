@@ -54,6 +54,28 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if NAME.fullmatch(entry.name))
 
 
+def starting_point(out: Path, resume: str, *, restarted: bool = False) -> Path | None:
+    """The checkpoint that the run in `out` goes on from, if any; one that torchrun restarted goes on from its
+    own last one.
+
+    resume: none, auto or a checkpoint. Raises ValueError where another run stands in the way.
+    """
+    found = checkpoints(out / "checkpoints")
+    if resume == "none" and found:
+        raise ValueError(f"{out} holds a run up to {found[-1].name}: --resume auto, or another --out")
+    if resume == "none" or (resume == "auto" and not found):
+        return None
+    if resume == "auto":
+        return found[-1]
+    chosen = Path(resume)
+    later = [path.name for path in found if path.name > chosen.name]
+    if later and restarted:
+        return found[-1]
+    if later:  # going on from here would mix two runs: a restart would take the other one's
+        raise ValueError(f"{out} holds later checkpoints ({', '.join(later)}): choose another --out")
+    return chosen
+
+
 def save(
     folder: Path, training: Training, step: int, settings: dict[str, Any], world: World, keep: int
 ) -> Path:

@@ -24,15 +24,20 @@ torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:
 def launch(arguments: Sequence[str], *, ranks: int, max_restarts: int) -> int:
     """Run torchrun and return its exit status.
 
-    Raises ValueError for impossible options before it starts, and with the run's own sentence where the run
-    was refused: torchrun's report of dead ranks would bury it.
+    Raises ValueError for impossible options or a run in the way before it starts, and with the run's own
+    sentence where the run was refused: torchrun's report of dead ranks would bury it.
     """
     if "--help" in arguments or "-h" in arguments:
         print(HELP + "\n" + parser("bigvision face train").format_help())
         return 0
     if ranks < 1 or max_restarts < 0:
         raise ValueError(f"{ranks} ranks, {max_restarts} restarts")
-    marker = parse(arguments, "bigvision face train").out / "stopped.json"
+    from bigvision.jobs.faces.checkpoint import starting_point  # imports torch, which --help needn't
+
+    options = parse(arguments, "bigvision face train")
+    if not options.plan:  # a plan disturbs no run
+        starting_point(options.out, options.resume)
+    marker = options.out / "stopped.json"
     marker.unlink(missing_ok=True)
     status = subprocess.run(command(arguments, ranks, max_restarts), check=False).returncode
     if status and marker.is_file():
