@@ -82,7 +82,7 @@ def test_streaming_takes_less_than_the_whole_and_no_more_for_a_taller_scene(
 
 def test_a_budget_too_small_is_said_with_what_would_do(scene: str, options: Options) -> None:
     found = plan(scene, replace(options, memory="400kB"))
-    assert found.cut is None and "400" not in found.refused and "--memory allows 0.00 GiB" in found.refused
+    assert found.cut is None and "400" not in found.refused and "--memory allows 0.4 MiB" in found.refused
     assert found.streaming is None and "memory budget" in found.not_streamed
     assert found.seconds == 0
 
