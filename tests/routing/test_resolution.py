@@ -2,21 +2,12 @@
 
 import pytest
 import torch
+from mixed_layers import LAYERS
 from routing_networks import convolved_pixels
 from torch import Tensor, nn
 from torch.nn import functional
 
 from bigvision.routing.resolution import MixedResolution
-
-LAYERS = [nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU()), nn.Conv2d(4, 3, 3, padding=1)]
-
-
-@pytest.fixture(scope="module")
-def mixed() -> MixedResolution:
-    torch.manual_seed(0)
-    for layer in LAYERS:
-        layer.double()
-    return MixedResolution(LAYERS, 8, (1, 2, 4), channels=2)
 
 
 def up(x: Tensor, factor: int) -> Tensor:

@@ -4,23 +4,13 @@ import itertools
 
 import pytest
 import torch
+from mixed_layers import FACTORS, LAYERS, REGION
 from routing_networks import Told, convolved_pixels
 from torch import Tensor, nn
 from torch.nn import functional
 
 from bigvision.gating import Anneal, Gate, LinearScorer, Threshold, TopK
 from bigvision.routing import MixedResolution, ResolutionRouter
-
-FACTORS, REGION = (1, 2, 4), 8
-LAYERS = [nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU()), nn.Conv2d(4, 3, 3, padding=1)]
-
-
-@pytest.fixture(scope="module")
-def mixed() -> MixedResolution:
-    torch.manual_seed(0)
-    for layer in LAYERS:
-        layer.double()
-    return MixedResolution(LAYERS, REGION, FACTORS, channels=2)
 
 
 def brought(y: Tensor, have: int, want: int) -> Tensor:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bigvision.jobs.process.engine import Piece
-from bigvision.jobs.process.network import Network, load_network
+from bigvision.jobs.process.network import Network, NetworkSpec, load_network
 from bigvision.jobs.process.scene import Scene
 from bigvision.jobs.process.stream import SceneRows, streamed_model
 from bigvision.jobs.process.units import Work
@@ -98,10 +98,10 @@ class PhasedEngine:
             sums = stream.sums(phase, _band(stream, unit), self._before(stream, phase))
         self.store.save(phase, unit.index, sums)
 
-    def forget(self, network: Network, scene: Scene, phase: int) -> None:
+    def forget(self, spec: NetworkSpec, scene: Scene, phase: int) -> None:
         """All bands of a phase are done: delete what no later one starts from."""
         if self.scratch is not None:
-            with self._stream(network, scene) as (stream, _):
+            with self._stream(load_network(spec), scene) as (stream, _):
                 stream.forget(phase)
 
     def pieces(self, network: Network, unit: Tile, read: Scene) -> Iterator[Piece]:

@@ -218,7 +218,7 @@ def _compute(
         assert isinstance(engine, PhasedEngine)
         runner = PhaseRunner(work, engine, phase)
         map_tiles(runner, Unread(), None, units, client=client, workers=1, progress=progress)
-        engine.forget(load_network(final), scene, phase)
+        engine.forget(final, scene, phase)
     map_tiles(
         UnitRunner(work), Unread(), None, left, client=client, workers=engine.at_once, progress=progress
     )
