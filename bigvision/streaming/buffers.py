@@ -8,6 +8,7 @@ queue of the pieces as they were made, and none is ever moved.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from bigvision.graph.trace import result_shape
-from bigvision.streaming.into import overwritten_input, write_into
-from bigvision.streaming.lines import LinePlan, plan_lines
+from bigvision.streaming.kernels import Span, Values
+from bigvision.streaming.lines import Columns, LinePlan, column_padding, overwritten_input, plan_lines
 from bigvision.streaming.program import Pass, Stage
 from bigvision.streaming.row_store import GivenRows
 from bigvision.streaming.scan import Lines, StepResult, held_rows, no_rows
@@ -25,16 +26,23 @@ from bigvision.streaming.statistics import Sums
 
 
 class WindowBuffer:
-    """Consecutive rows in one block of memory, channels last, so that any run of rows is a view."""
+    """Consecutive rows in one block of memory, channels last, so that any run of rows is a view.
+
+    Beside the rows stand the zero columns that convolutions want (`LinePlan.columns`).
+    """
 
     def __init__(
-        self, stage: Stage, capacity: int, first: int, dtype: torch.dtype, device: torch.device
+        self, stage: Stage, plan: LinePlan, first: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = list(result_shape(stage.node))
-        shape[stage.axis] = capacity
+        shape[stage.axis] = plan.capacity
+        self.axis, self.capacity = stage.axis, plan.capacity
+        self.columns, self.width = plan.columns, shape[-1]
+        shape[-1] += sum(plan.columns)
         layout = torch.channels_last if len(shape) == 4 and stage.axis == -2 else torch.contiguous_format
         self.data = torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
-        self.axis, self.capacity = stage.axis, capacity
+        for outside in (slice(self.columns[0]), slice(self.columns[0] + self.width, None)):
+            self.data[..., outside].zero_()
         self.base = self.stop = first  # the image's row at the front, and the one behind the last
 
     def reserve(self, keep: int, rows: int) -> Tensor:
@@ -46,11 +54,18 @@ class WindowBuffer:
             self.base = keep
         room = self.data.narrow(self.axis, self.stop - self.base, rows)
         self.stop += rows
-        return room
+        return self._with(room, (0, 0))
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop, a view."""
-        return self.data.narrow(self.axis, start - self.base, stop - start)
+    def rows(self, start: int, stop: int, columns: Columns = (0, 0)) -> Tensor:
+        """Rows start..stop, a view, with as many zero `columns` beside them, where there are so many."""
+        fits = all(wanted <= here for wanted, here in zip(columns, self.columns, strict=True))
+        rows = self.data.narrow(self.axis, start - self.base, stop - start)
+        return self._with(rows, columns if fits else (0, 0))
+
+    def _with(self, rows: Tensor, columns: Columns) -> Tensor:
+        if columns == self.columns:
+            return rows
+        return rows.narrow(-1, self.columns[0] - columns[0], self.width + sum(columns))
 
 
 class DelayLine:
@@ -69,6 +84,10 @@ class DelayLine:
         while self.pieces and self.pieces[0][0] + self.pieces[0][1].shape[self.axis] <= keep:
             self.pieces.popleft()
 
+    def joints(self, start: int, stop: int) -> list[int]:
+        """Where one piece ends and the next begins, within start..stop."""
+        return [first for first, _ in self.pieces if start < first < stop]
+
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows start..stop: a view where they lie in one piece."""
         parts = []
@@ -86,8 +105,9 @@ class Line:
         self, stage: Stage, plan: LinePlan, first: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.plan = plan
-        self.window = WindowBuffer(stage, plan.capacity, first, dtype, device) if plan.capacity else None
+        self.window = WindowBuffer(stage, plan, first, dtype, device) if plan.capacity else None
         self.delay = DelayLine(stage.axis) if plan.delayed else None
+        self.reserved: Tensor | None = None
         self.fresh: Any = None
         self.fresh_first = 0
 
@@ -194,28 +214,64 @@ class Scanner:
     def _make(self, stage: Stage, a: int, b: int, t: int) -> Any:
         """Rows a..b of a stage, in its line."""
         line = self.lines[stage.node]
-        span = stage.span(a, b)
-
-        def values(source: fx.Node) -> Any:
-            if source not in stage.inputs:
-                return held_rows(stage, span, self.held[source])
-            return self._rows(stage, source, *span.read)
-
         given = stage.node in self.walk.given
         if given:
             rows = self.rows.read(stage, a, b)
-        elif line.window is not None and line.delay is None:
-            rows = write_into(stage, values, span, line.window.reserve(int(line.plan.window_keep[t]), b - a))
+        elif (place := self._place(stage, b - a, t)) is not None:
+            rows, line.reserved = self._write(stage, a, b, place), None
         elif (place := self._own_input(stage)) is not None:
-            rows = write_into(stage, values, span, place)
+            rows = self._write(stage, a, b, place)
         else:
-            rows = stage.kernel(values, span)
+            span = stage.span(a, b)
+            rows = stage.kernel(self._values(stage, span), span)
         if line.window is not None and (line.delay is not None or given):
             line.window.reserve(int(line.plan.window_keep[t]), b - a).copy_(rows)
         if line.delay is not None:
             line.delay.push(a, self._lasting(rows))
         line.fresh, line.fresh_first = rows, a
         return rows
+
+    def _write(self, stage: Stage, a: int, b: int, place: Tensor) -> Tensor:
+        """Compute rows a..b of a stage into `place`: in parts, as its delayed inputs lie in pieces."""
+        cuts = {a, b}
+        if stage.rows is None:
+            for source in stage.inputs:
+                line = self.lines[source]
+                if line.delay is not None and stage.node in line.plan.delayed:
+                    cuts.update(line.delay.joints(a, b))
+        for start, stop in itertools.pairwise(sorted(cuts)):
+            span = stage.span(start, stop)
+            part = place.narrow(stage.axis, start - a, stop - start)
+            values = self._values(stage, span)
+            if stage.writer is None:
+                part.copy_(stage.kernel(values, span))
+            else:
+                stage.writer(values, span, part)
+        return place
+
+    def _values(self, stage: Stage, span: Span) -> Values:
+        def values(source: fx.Node) -> Any:
+            if source not in stage.inputs:
+                return held_rows(stage, span, self.held[source])
+            return self._rows(stage, source, *span.read)
+
+        return values
+
+    def _place(self, stage: Stage, rows: int, t: int) -> Tensor | None:
+        """Where a stage's next rows are read, if they can be made there: a buffer, or a part of one."""
+        line = self.lines[stage.node]
+        if line.reserved is not None or line.delay is not None:
+            return line.reserved
+        if line.window is not None:
+            return line.window.reserve(int(line.plan.window_keep[t]), rows)
+        if line.plan.part_of is None:
+            return None
+        whole, start = line.plan.part_of
+        around = self.lines[whole.node]
+        around.reserved = self._place(whole, rows, t)
+        if around.reserved is None:
+            return None
+        return around.reserved.narrow(-3, start, stage.shape[-3])
 
     def _own_input(self, stage: Stage) -> Tensor | None:
         """The input that an elementwise operator may overwrite: one that nobody else reads."""
@@ -230,7 +286,7 @@ class Scanner:
         if line.delay is not None and reader.node in line.plan.delayed:
             return line.delay.rows(start, stop)
         if line.window is not None:
-            return line.window.rows(start, stop)
+            return line.window.rows(start, stop, column_padding(reader))
         if isinstance(line.fresh, tuple | list):  # an operator with several results, consumed row for row
             return line.fresh
         if start == stop:  # padding alone

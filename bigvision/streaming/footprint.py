@@ -14,8 +14,7 @@ from torch import fx
 
 from bigvision.graph.trace import operator_name
 from bigvision.streaming.checkpoints import StepBytes
-from bigvision.streaming.into import direct_writer, overwritten_input
-from bigvision.streaming.lines import LinePlan, plan_lines
+from bigvision.streaming.lines import LinePlan, overwritten_input, plan_lines
 from bigvision.streaming.program import Pass, Program, Stage
 from bigvision.streaming.schedule import Schedule, schedule
 
@@ -98,7 +97,7 @@ def _scanner_bytes(walk: Pass, plan: Schedule, dtype: torch.dtype) -> int:
     for index, stage in enumerate(walk.stages):
         line, size = lines[stage.node], row_bytes(stage, dtype)
         fresh = np.diff(plan.made[stage.node]) * size
-        windows += line.capacity * size
+        windows += line.capacity * size * (stage.shape[-1] + sum(line.columns)) // stage.shape[-1]
         if line.delayed:
             delays += (plan.made[stage.node][1:] - line.delay_keep[:-1]) * size
         elif stage.node in walk.given or _takes_memory(stage, line, walk, lines):
@@ -111,7 +110,14 @@ def _takes_memory(stage: Stage, line: LinePlan, walk: Pass, lines: dict[fx.Node,
     """Whether fresh rows stand in memory of their own, not in a buffer, a view or the input's place."""
     if stage.node.op == "call_function" and operator_name(stage.node) in _VIEWS:
         return False
-    if line.capacity and direct_writer(stage.node) is not None:
+    if stage.writer is not None and _has_place(line, lines):
         return False
     source = overwritten_input(stage)
     return source is None or source in walk.given or not lines[source].private or lines[source].capacity > 0
+
+
+def _has_place(line: LinePlan, lines: dict[fx.Node, LinePlan]) -> bool:
+    """Whether its rows are made where they are read."""
+    if line.delayed or line.capacity:
+        return not line.delayed
+    return line.part_of is not None and _has_place(lines[line.part_of[0].node], lines)

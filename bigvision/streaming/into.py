@@ -1,4 +1,4 @@
-"""Operators that can write their rows straight into the line buffer of the next convolution."""
+"""Operators that write their rows straight to where they are read: a line buffer, or a part of one."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from bigvision.graph.trace import operator_name, result_shape
-from bigvision.streaming.kernels import Span, Values
-from bigvision.streaming.program import Stage
+from bigvision.graph.arguments import arguments
+from bigvision.graph.trace import operator_name
+from bigvision.streaming.kernels import Span, Values, repeats
+
+Writer = Callable[[Values, Span, Tensor], Any]
+"""Computes an operator's rows a..b into a place of their shape."""
 
 aten = torch.ops.aten
 
@@ -19,13 +22,8 @@ def _relu(x: Tensor, out: Tensor) -> Tensor:
     return torch.clamp_min(x, 0, out=out)
 
 
-def _cat(tensors: list[Tensor], dim: int = 0, *, out: Tensor) -> Tensor:
-    return torch.cat(tensors, dim, out=out)
-
-
-WRITERS: dict[str, Callable[..., Tensor]] = {
+ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "relu": _relu,
-    "cat": _cat,
     "add": aten.add.out,
     "sub": aten.sub.out,
     "mul": aten.mul.out,
@@ -40,42 +38,57 @@ WRITERS: dict[str, Callable[..., Tensor]] = {
     "leaky_relu": aten.leaky_relu.out,
     "elu": aten.elu.out,
 }
-# Elementwise writers: the place may be their own input.
-_IN_PLACE = frozenset(WRITERS) - {"cat"}
-# Their results are memory of their own, not a view of something that others read.
-_OWNERS = _IN_PLACE | {"conv2d", "conv_transpose2d", "max_pool2d", "avg_pool2d", "cat", "linear"}
 
 
-def write_into(stage: Stage, values: Values, span: Span, place: Tensor) -> Tensor:
-    """Compute rows a..b of a stage into `place`, directly where the operator can."""
-    writer = direct_writer(stage.node)
-    if writer is None:
-        return place.copy_(stage.kernel(values, span))
-    args, kwargs = fx.map_arg((stage.node.args, stage.node.kwargs), values)
-    return writer(*args, **kwargs, out=place)
+def writer_for(node: fx.Node) -> Writer | None:
+    """How the operator writes into a given place; None where it makes memory of its own."""
+    name = operator_name(node)
+    if name == "cat":
+        return _concatenation(node)
+    if (factors := repeats(node)) is not None:
+        return _repetition(node, factors)
+    # Binary writers take two tensors; with a scalar the overload is another one.
+    scalar = name in ("add", "sub", "mul", "div") and not isinstance(node.args[1], fx.Node)
+    return None if scalar or name not in ELEMENTWISE else _elementwise(node)
 
 
-def direct_writer(node: fx.Node) -> Callable[..., Any] | None:
-    """The operator's form with an `out`, where it has one and its operands are tensors."""
-    writer = WRITERS.get(operator_name(node))
-    if writer is None or (len(node.args) > 1 and not _takes(node)):
-        return None
-    return writer
+def _elementwise(node: fx.Node) -> Writer:
+    operator = ELEMENTWISE[operator_name(node)]
+
+    def write(values: Values, span: Span, place: Tensor) -> None:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values)
+        operator(*args, **kwargs, out=place)
+
+    return write
 
 
-def _takes(node: fx.Node) -> bool:
-    """Binary writers take two tensors; with a scalar the overload is another one."""
-    if operator_name(node) not in ("add", "sub", "mul", "div"):
-        return True
-    return isinstance(node.args[1], fx.Node)
+def _concatenation(node: fx.Node) -> Writer:
+    """Every part that doesn't stand in its place already (`LinePlan.part_of`)."""
+    args = arguments(node)
+    dim = args["dim"]
+
+    def write(values: Values, span: Span, place: Tensor) -> None:
+        start = 0
+        for part in map(values, args["tensors"]):
+            to = place.narrow(dim, start, part.shape[dim])
+            if to.data_ptr() != part.data_ptr():
+                to.copy_(part)
+            start += part.shape[dim]
+
+    return write
 
 
-def overwritten_input(stage: Stage) -> fx.Node | None:
-    """The input in whose memory an elementwise operator can leave its result, if nobody else needs it."""
-    node = stage.node
-    if operator_name(node) not in _IN_PLACE or direct_writer(node) is None:
-        return None
-    source = node.args[0]
-    if not isinstance(source, fx.Node) or source not in stage.inputs or operator_name(source) not in _OWNERS:
-        return None
-    return source if result_shape(source) == result_shape(node) else None
+def _repetition(node: fx.Node, factors: tuple[int, int]) -> Writer:
+    """Nearest upsampling by whole factors: each of the output's phases is a copy of the rows."""
+    source = arguments(node)["input"]
+
+    def write(values: Values, span: Span, place: Tensor) -> None:
+        x = values(source)
+        for phase in range(factors[0]):
+            first = span.a + (phase - span.a) % factors[0]
+            if first < span.b:
+                to = place[..., first - span.a :: factors[0], :]
+                rows = x.narrow(-2, first // factors[0] - span.read[0], to.shape[-2])
+                to.unflatten(-1, (-1, factors[1])).copy_(rows[..., None].expand(*rows.shape, factors[1]))
+
+    return write

@@ -116,13 +116,15 @@ def _batch_norm(node: fx.Node, flow: Flow) -> Kernel:
 
 def _convolution(node: fx.Node, flow: Flow) -> Kernel:
     args = arguments(node)
-    kernel = result_shape(args["weight"])[-2:]
+    kernel, width = result_shape(args["weight"])[-2:], result_shape(args["input"])[-1]
     left, right = convolution_padding(args, kernel)[1]
     stride, dilation, groups = pair(args["stride"]), pair(args["dilation"]), args["groups"]
 
     def run(values: Values, span: Span) -> Tensor:
         x, cols = values(args["input"]), left
-        if left != right:
+        if x.shape[-1] > width:  # its padding stands beside the rows already
+            cols = 0
+        elif left != right:
             x, cols = F.pad(x, (left, right)), 0
         x = _pad_rows(x, span)
         bias = None if args["bias"] is None else values(args["bias"])
@@ -261,9 +263,9 @@ def _interpolation(node: fx.Node, flow: Flow) -> Kernel:
     before, after = result_shape(source)[-2:], result_shape(node)[-2:]
     kind, factors = INTERPOLATIONS[operator_name(node)], resample_factors(args)
     align_corners = args.get("align_corners", False)
-    whole = [_whole_factor(before[a], after[a], factors[a]) for a in (0, 1)]
-    if all(whole) and not align_corners and kind != "bicubic":
-        return _magnification(node, source, (whole[0], whole[1]))
+    whole = _whole_factors(node)
+    if whole is not None and not align_corners and kind != "bicubic":
+        return _magnification(node, source, whole)
     dtype = node.meta["val"].dtype
     taps = interpolation_taps(
         kind, before[0], after[0], align_corners=align_corners, factor=factors[0], dtype=dtype
@@ -271,10 +273,21 @@ def _interpolation(node: fx.Node, flow: Flow) -> Kernel:
     return _by_taps(source, taps, lambda x: interpolate_columns(x, after[1], kind, align_corners, factors[1]))
 
 
-def _whole_factor(size_in: int, size_out: int, factor: float | None) -> int:
-    """The whole number by which the size grows, or 0."""
-    whole = size_out // size_in
-    return whole if whole * size_in == size_out and factor in (None, whole) else 0
+def repeats(node: fx.Node) -> tuple[int, int] | None:
+    """How often nearest upsampling repeats every row and column; None for anything else."""
+    nearest = INTERPOLATIONS.get(operator_name(node)) in ("nearest", "nearest_exact")
+    return _whole_factors(node) if nearest else None
+
+
+def _whole_factors(node: fx.Node) -> tuple[int, int] | None:
+    """The whole numbers by which rows and columns grow, or None."""
+    args = arguments(node)
+    sizes = zip(result_shape(args["input"])[-2:], result_shape(node)[-2:], strict=True)
+    rows, cols = (
+        after // before if after % before == 0 and factor in (None, after // before) else 0
+        for (before, after), factor in zip(sizes, resample_factors(args), strict=True)
+    )
+    return (rows, cols) if rows and cols else None
 
 
 def _magnification(node: fx.Node, source: fx.Node, factor: tuple[int, int]) -> Kernel:

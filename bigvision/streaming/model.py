@@ -101,7 +101,8 @@ class StreamedModel:
     def __call__(self, source: RowSource) -> Tensor:
         """The whole output, [1, K, h, w], or what an image-level network returns."""
         pieces = [y for _, y in self.stream(source)]
-        return torch.cat(pieces, -2) if pieces[0].ndim == 4 else pieces[0]
+        stage = self.program.stages.get(self.program.output)
+        return pieces[0] if stage is None else torch.cat(pieces, stage.axis)
 
     def backward(
         self, source: RowSource, target: Any, loss: Loss, *, mask: Any = None, budget: Budget | None = None
@@ -122,8 +123,10 @@ class StreamedModel:
     def _cropped(self, row: int, y: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Without the rows and columns that only the padding gave."""
         (_, height, width), (_, high, wide) = self.shape, self.program.traced.shape
-        size = self.program.stages[self.program.output].size
-        rows = -(-height * size // high) - row
-        cols = -(-width * y.shape[-1] // wide)
+        stage = self.program.stages[self.program.output]
+        others = [axis for axis in range(-y.ndim, 0) if axis != stage.axis]
+        across = max((a for a in others if y.shape[a] * high == wide * stage.size), default=others[-1])
+        rows = -(-height * stage.size // high) - row
+        cols = -(-width * y.shape[across] // wide)
         if rows > 0:
-            yield row, y[..., :rows, :cols]
+            yield row, y.narrow(stage.axis, 0, min(rows, y.shape[stage.axis])).narrow(across, 0, cols)

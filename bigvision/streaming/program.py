@@ -18,6 +18,7 @@ from bigvision.graph.axes import AxisMap
 from bigvision.graph.flow import flows, streaming_inputs
 from bigvision.graph.layout import Flow, refusal
 from bigvision.graph.trace import TracedGraph, operator_name, result_shape
+from bigvision.streaming.into import Writer, writer_for
 from bigvision.streaming.kernels import Kernel, Span, Values, kernel_for, span_of
 from bigvision.streaming.statistics import NORMALISATIONS, Statistic, normalise, statistic_for
 
@@ -34,7 +35,7 @@ class Stage:
         level: how many passes end before it can run.
         input_axis: the axis of its inputs' rows.
         free: it depends on no image row, only on held values, so it runs when its consumers ask.
-        kernel: computes some of its rows.
+        kernel: computes some of its rows; `writer` does so in a given place, where the operator can.
     """
 
     node: fx.Node
@@ -47,6 +48,7 @@ class Stage:
     level: int
     free: bool
     kernel: Kernel
+    writer: Writer | None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -164,7 +166,9 @@ class Program:
         return Pass(
             self.stages[image].size,
             tuple(
-                replace(stage, inputs=(), rows=None, kernel=_unreachable) if node in given else stage
+                replace(stage, inputs=(), rows=None, kernel=_unreachable, writer=None)
+                if node in given
+                else stage
                 for node, stage in self.stages.items()
                 if node in wanted
             ),
@@ -265,7 +269,8 @@ def _stage(node: fx.Node, flow: Flow, known: dict[fx.Node, Flow], level: int, fr
         kernel = kernel_for(node, flow)
     _check_sizes(node, inputs, known, flow)
     input_axis = next((known[source].layout.rows for source in inputs), axis)  # type: ignore[union-attr]
-    return Stage(node, inputs, flow.rows, axis, size, size_in, input_axis, level, free, kernel)
+    writer = writer_for(node) if node.op == "call_function" else None
+    return Stage(node, inputs, flow.rows, axis, size, size_in, input_axis, level, free, kernel, writer)
 
 
 def _check_sizes(node: fx.Node, inputs: Iterable[fx.Node], known: dict[fx.Node, Flow], flow: Flow) -> None:
@@ -286,6 +291,11 @@ def _normalisation(node: fx.Node) -> Kernel:
         return (y,) if several else y
 
     return run
+
+
+def _read(stage: Stage) -> Stage:
+    """The stage as one whose rows are given."""
+    return replace(stage, inputs=(), rows=None, kernel=_unreachable, writer=None)
 
 
 def _unreachable(values: Values, span: Span) -> Any:

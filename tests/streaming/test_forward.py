@@ -110,6 +110,29 @@ def test_scenes_are_padded_to_the_stride_and_cropped(shape: tuple[int, int, int]
     assert following == height
 
 
+class Arranged(Small):
+    """The same with its output's axes in another order, or without channels."""
+
+    def __init__(self, order: tuple[int, ...] | None) -> None:
+        super().__init__()
+        self.order = order
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y.mean(1) if self.order is None else y.permute(self.order)
+
+
+@pytest.mark.parametrize("order", [None, (0, 2, 3, 1), (0, 1, 3, 2), (0, 3, 1, 2), (2, 0, 1, 3)])
+def test_rows_are_gathered_on_whichever_axis_they_are(order: tuple[int, ...] | None) -> None:
+    model, shape = Arranged(order).double(), (2, 17, 9)
+    image = torch.randn(shape, dtype=torch.float64)
+    padded = F.pad(image, (0, -9 % 4, 0, -17 % 4))
+    streamed = StreamedModel(model, shape, rows=3, dtype=torch.float64)(image)
+    with torch.no_grad():
+        whole = Small.forward(model, padded[None])[..., :17, :9]
+    assert error(streamed, whole.mean(1) if order is None else whole.permute(order)) <= EXACT
+
+
 def test_a_source_of_another_shape_or_that_fails_is_named() -> None:
     class Fails:
         shape = (2, 16, 8)
