@@ -4,9 +4,9 @@
     python benchmarks/streaming_forward.py --width 30000    the size of a Sentinel-2 mosaic
 
 The floor is the same network with its norms folded, run eagerly on 1024 x 1024 tiles without halo,
-channels last: no seam-free method computes less. Floor and stream alternate in one process; medians of
-the processor's time are compared, because other work on the machine lengthens the wall's. Peak memory is of
-a process of its own at heights 1 x and 4 x: it must not grow.
+channels last: no seam-free method computes less. Floor, compiled floor, stream and compiled stream take
+turns, each in a process of its own, so that none gains by another's heap; ratios are the medians of those of
+neighbouring turns. Peak memory is of a process of its own at heights 1 x and 4 x: it must not grow.
 """
 
 from __future__ import annotations
@@ -69,15 +69,16 @@ def folded(model: nn.Module) -> nn.Module:
     return model
 
 
-def floor(dtype: torch.dtype, tiles: int) -> Callable[[], int]:
+def floor(dtype: torch.dtype, tiles: int, *, compiled: bool = False) -> Callable[[], int]:
     """Pixels of `tiles` dense tiles without halo."""
     model = folded(network()).to(dtype).to(memory_format=torch.channels_last)
     tile = torch.randn(1, CHANNELS, TILE, TILE, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    run_tile = torch.compile(model, dynamic=False) if compiled else model
 
     def run() -> int:
         with torch.inference_mode():
             for _ in range(tiles):
-                model(tile)
+                run_tile(tile)
         return tiles * TILE * TILE
 
     return run
@@ -103,32 +104,77 @@ def timed(run: Callable[[], int]) -> tuple[float, float]:
     return (time.process_time() - cpu) * 1e6 / pixels, (time.perf_counter() - wall) * 1e6 / pixels
 
 
-def compare(args: argparse.Namespace) -> dict[str, float]:
-    """Floor and stream in turns: medians, and the median of the ratios of neighbours."""
+RUNNERS: dict[str, Callable[[argparse.Namespace], Callable[[], int]]] = {
+    "floor": lambda args: floor(DTYPES[args.dtype], args.tiles),
+    "compiled floor": lambda args: floor(DTYPES[args.dtype], args.tiles, compiled=True),
+    "stream": lambda args: stream((CHANNELS, args.height, args.width), engine_options(args)),
+    "compiled stream": lambda args: stream(
+        (CHANNELS, args.height, args.width), engine_options(args) | {"compile": True}
+    ),
+}
+
+
+def take_turns(args: argparse.Namespace) -> None:
+    """Run once for nothing, then once for every line that comes; print what each took."""
     torch.set_num_threads(args.threads)
-    runs = {
-        "floor": floor(DTYPES[args.dtype], args.tiles),
-        "stream": stream((CHANNELS, args.height, args.width), engine_options(args)),
-    }
-    for run in runs.values():
-        run()
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for _ in range(args.repeats):
-        for name, run in runs.items():
-            times[name].append(timed(run))
-    pairs = list(zip(times["floor"], times["stream"], strict=True))
-    found = {
-        f"{name}_{clock}": statistics.median(one[index] for one in taken)
-        for name, taken in times.items()
-        for index, clock in enumerate(("cpu", "wall"))
-    }
-    found |= {
-        f"ratio_{clock}": statistics.median(
-            ours[index] and dense[index] / ours[index] for dense, ours in pairs
+    run = RUNNERS[args.runner](args)
+    run()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(timed(run)), flush=True)
+
+
+class Turns:
+    """One runner in a process of its own."""
+
+    def __init__(self, runner: str, args: argparse.Namespace, **changes: Any) -> None:
+        given = json.dumps(vars(args) | changes | {"runner": runner})
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--one", "turns", "--given", given],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
-        for index, clock in enumerate(("cpu", "wall"))
+        assert self._line() == "ready"
+
+    def take(self) -> tuple[float, float]:
+        """Processor and wall microseconds a pixel of one more run."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        cpu, wall = json.loads(self._line())
+        return cpu, wall
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().strip()
+        if not line:
+            raise SystemExit(f"{self.process.args} failed")
+        return line
+
+
+def compare(args: argparse.Namespace, dtype: str) -> dict[str, tuple[float, float, float]]:
+    """Of every runner: median processor and wall microseconds a pixel, and the floor's wall over its own."""
+    turns = {name: Turns(name, args, dtype=dtype) for name in args.runners}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in turns}
+    for _ in range(args.repeats):
+        for name, turn in turns.items():
+            times[name].append(turn.take())
+    for turn in turns.values():
+        turn.end()
+    return {
+        name: (
+            *(statistics.median(one[clock] for one in taken) for clock in (0, 1)),
+            statistics.median(dense[1] / own[1] for dense, own in zip(times["floor"], taken, strict=True)),
+        )
+        for name, taken in times.items()
     }
-    return found
 
 
 def peak(args: argparse.Namespace) -> dict[str, float]:
@@ -154,23 +200,17 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"dtype": DTYPES[args.dtype], "rows": args.rows}
 
 
-MODES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-    "compare": compare,
-    "peak": peak,
-}
-
-
-def measured(mode: str, args: argparse.Namespace, **changes: Any) -> dict[str, Any]:
-    """One line, in a process of its own."""
+def measured(args: argparse.Namespace, **changes: Any) -> dict[str, Any]:
+    """Peaks, in a process of their own."""
     given = json.dumps(vars(args) | changes)
     done = subprocess.run(
-        [sys.executable, __file__, "--one", mode, "--given", given],
+        [sys.executable, __file__, "--one", "peak", "--given", given],
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
-        raise SystemExit(f"{mode} failed:\n{done.stderr[-2000:]}")
+        raise SystemExit(f"peak failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -179,23 +219,17 @@ def report(args: argparse.Namespace) -> None:
     print(
         f"Unet-resnet18, {args.width} px wide, {args.height} rows, {args.threads} threads, load {load:.1f}\n"
     )
-    print(
-        "| dtype | floor, µs cpu/px | stream, µs cpu/px | of the floor (cpu) | (wall) | rows a step |", end=""
-    )
-    print(" peak GiB | at 4 x the height | grown | engine predicted |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("| dtype | | µs cpu/px | µs wall/px | Mpx/s | x the floor |\n|---|---|---|---|---|---|", flush=True)
     for dtype in args.dtypes:
-        speed = measured("compare", args, dtype=dtype)
-        low = measured("peak", args, dtype=dtype)
-        high = measured("peak", args, dtype=dtype, height=4 * args.height)
-        cells = [
-            dtype,
-            f"{speed['floor_cpu']:.2f}",
-            f"{speed['stream_cpu']:.2f}",
-            f"{speed['ratio_cpu']:.2f}",
-        ]
-        cells += [f"{speed['ratio_wall']:.2f}", f"{low['rows']}", f"{low['peak']:.2f}", f"{high['peak']:.2f}"]
-        cells += [f"{high['grown']:.2f}", f"{high['predicted_engine']:.2f}"]
+        for name, (cpu, wall, ratio) in compare(args, dtype).items():
+            print(f"| {dtype} | {name} | {cpu:.2f} | {wall:.2f} | {1 / wall:.2f} | {ratio:.2f} |", flush=True)
+    print("\n| dtype | rows a step | peak GiB | at 4 x the height | predicted | grown | engine predicted |")
+    print("|---|---|---|---|---|---|---|")
+    for dtype in args.dtypes:
+        low = measured(args, dtype=dtype)
+        high = measured(args, dtype=dtype, height=4 * args.height)
+        cells = [dtype, f"{low['rows']}", f"{low['peak']:.2f}"]
+        cells += [f"{high[key]:.2f}" for key in ("peak", "predicted_peak", "grown", "predicted_engine")]
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
@@ -210,13 +244,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=quick_types())
-    parser.add_argument("--one", choices=MODES, help=argparse.SUPPRESS)
+    parser.add_argument("--runners", nargs="+", choices=RUNNERS, default=list(RUNNERS), help="floor first")
+    parser.add_argument("--one", choices=["turns", "peak"], help=argparse.SUPPRESS)
     parser.add_argument("--given", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    if args.one:
-        print(json.dumps(MODES[args.one](argparse.Namespace(**json.loads(args.given)))))
-    else:
+    if args.one is None:
         report(args)
+        return
+    given = argparse.Namespace(**json.loads(args.given))
+    if args.one == "turns":
+        take_turns(given)
+    else:
+        print(json.dumps(peak(given)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A convolution whose weight gradient is computed in the layout that is quick for it.
+"""Convolutions as a step computes them: taped, with quick weight gradients, or packed, for inference alone.
 
 On a processor with AVX2, oneDNN's float32 weight gradient of channels-last operands was measured at 5 to 9
 times that of channels-first ones, which takes about the forward's time; transposing both operands first costs
@@ -9,6 +9,7 @@ Legend: C channels, H and W rows and columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Pair = tuple[int, int]
+Convolve = Callable[[Tensor, Tensor, Tensor | None, Pair, Pair, Pair, int], Tensor]
+"""Of input, weight, bias, stride, padding, dilation and groups."""
+
+ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "none": ("none", lambda x: x),
+    "relu": ("relu", torch.relu_),
+    "sigmoid": ("sigmoid", torch.sigmoid_),
+    "tanh": ("tanh", torch.tanh_),
+    "silu": ("swish", lambda x: F.silu(x, inplace=True)),
+    "hardswish": ("hardswish", lambda x: F.hardswish(x, inplace=True)),
+}
+"""By ATen's name what oneDNN calls an activation that it can apply to results, and the same in place."""
 
 
 def convolve(
@@ -62,3 +75,43 @@ def channels_first(x: Tensor) -> Tensor:
     if not x.is_contiguous(memory_format=torch.channels_last):
         return x.contiguous()
     return x.permute(0, 2, 3, 1).reshape(h * w, c).t().contiguous().view(1, c, h, w)
+
+
+class PackedConvolution:
+    """A convolution with its activation, for inference; the weight is packed for oneDNN once."""
+
+    def __init__(self, activation: str) -> None:
+        self._name, self._in_place = ACTIVATIONS[activation]
+        self._weight: tuple[Tensor, int] | None = None
+        self._packed: Tensor | None = None
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        groups: int,
+    ) -> Tensor:
+        """`torch.nn.functional.conv2d` and the activation."""
+        if not _packs(x):
+            return self._in_place(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+        if self._weight is None or self._weight[0] is not weight or self._weight[1] != weight._version:
+            self._weight = weight, weight._version
+            self._packed = torch.ops.mkldnn._reorder_convolution_weight(
+                weight, padding, stride, dilation, groups, list(x.shape)
+            )
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x, self._packed, bias, padding, stride, dilation, groups, self._name, [], ""
+        )
+        return y
+
+
+def _packs(x: Tensor) -> bool:
+    """Whether oneDNN computes in this precision here (the operators are those that inductor calls)."""
+    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not x.numel():
+        return False
+    quick = x.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return x.dtype == torch.float32 or quick

@@ -30,7 +30,7 @@ from bigvision.graph.axes import AxisMap
 from bigvision.graph.layout import Flow
 from bigvision.graph.resampling import Taps, area_taps, interpolate_columns, interpolation_taps, resample_rows
 from bigvision.graph.trace import operator_name, result_shape
-from bigvision.streaming.convolution import convolve
+from bigvision.streaming.convolution import Convolve, convolve
 
 Values = Callable[[fx.Node], Any]
 """Gives a kernel its inputs: a streaming one's rows first..last, clipped to the image; a held one whole."""
@@ -114,7 +114,8 @@ def _batch_norm(node: fx.Node, flow: Flow) -> Kernel:
     return run
 
 
-def _convolution(node: fx.Node, flow: Flow) -> Kernel:
+def convolution(node: fx.Node, apply: Convolve = convolve) -> Kernel:
+    """The row kernel of a convolution, computed by `apply`."""
     args = arguments(node)
     kernel, width = result_shape(args["weight"])[-2:], result_shape(args["input"])[-1]
     left, right = convolution_padding(args, kernel)[1]
@@ -126,9 +127,9 @@ def _convolution(node: fx.Node, flow: Flow) -> Kernel:
             cols = 0
         elif left != right:
             x, cols = F.pad(x, (left, right)), 0
-        x = _pad_rows(x, span)
+        x = pad_rows(x, span)
         bias = None if args["bias"] is None else values(args["bias"])
-        return convolve(x, values(args["weight"]), bias, stride, (0, cols), dilation, groups)
+        return apply(x, values(args["weight"]), bias, stride, (0, cols), dilation, groups)
 
     return run
 
@@ -164,17 +165,21 @@ def _transposed_convolution(node: fx.Node, flow: Flow) -> Kernel:
 
 
 def _max_pool(node: fx.Node, flow: Flow) -> Kernel:
-    args = arguments(node)
-    kernel, padding = args["kernel_size"], pair(args["padding"])
-    stride = args["stride"] or kernel
+    source, pooled = arguments(node)["self"], max_pool(node)
     wrap = operator_name(node) == "max_pool2d_with_indices"
 
     def run(values: Values, span: Span) -> Any:
-        x = _pad_rows(values(args["self"]), span, -torch.inf)
-        y = F.max_pool2d(x, kernel, stride, (0, padding[1]), args["dilation"], args["ceil_mode"])
+        y = F.max_pool2d(pad_rows(values(source), span, -torch.inf), *pooled)
         return (y,) if wrap else y
 
     return run
+
+
+def max_pool(node: fx.Node) -> tuple[Any, ...]:
+    """Kernel, stride, padding, dilation and ceil_mode of a pool over rows that have their padding."""
+    args = arguments(node)
+    kernel, padding = args["kernel_size"], (0, pair(args["padding"])[1])
+    return kernel, args["stride"] or kernel, padding, args["dilation"], args["ceil_mode"]
 
 
 def _average_pool(node: fx.Node, flow: Flow) -> Kernel:
@@ -186,7 +191,7 @@ def _average_pool(node: fx.Node, flow: Flow) -> Kernel:
     counts = [_window_counts(args, before[a], after[a], kernel[a], stride[a], padding[a]) for a in (0, 1)]
 
     def run(values: Values, span: Span) -> Tensor:
-        x = F.pad(_pad_rows(values(args["self"]), span), (padding[1], right))
+        x = F.pad(pad_rows(values(args["self"]), span), (padding[1], right))
         sums = F.avg_pool2d(x, kernel, stride, divisor_override=1)
         if args["divisor_override"]:
             return sums / args["divisor_override"]
@@ -321,7 +326,8 @@ def _by_taps(source: fx.Node, taps: Taps, columns: Callable[[Tensor], Tensor]) -
     return run
 
 
-def _pad_rows(x: Tensor, span: Span, value: float = 0.0) -> Tensor:
+def pad_rows(x: Tensor, span: Span, value: float = 0.0) -> Tensor:
+    """The rows with those that their window reads above and below the image."""
     if not span.above and not span.below:
         return x
     return F.pad(x, (0, 0, span.above, span.below), value=value)
@@ -335,7 +341,7 @@ _MAKERS: dict[str, Callable[[fx.Node, Flow], Kernel]] = {
     **dict.fromkeys(INTERPOLATIONS, _interpolation),
     **dict.fromkeys(("adaptive_avg_pool2d", "_adaptive_avg_pool2d"), _area),
     "_native_batch_norm_legit_no_training": _batch_norm,
-    "conv2d": _convolution,
+    "conv2d": lambda node, flow: convolution(node),
     "conv_transpose2d": _transposed_convolution,
     "avg_pool2d": _average_pool,
     "pixel_shuffle": _pixel_shuffle,

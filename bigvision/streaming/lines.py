@@ -11,7 +11,6 @@ import numpy as np
 from torch import fx
 
 from bigvision.graph.arguments import arguments, convolution_padding
-from bigvision.graph.cost import flops
 from bigvision.graph.trace import operator_name, result_shape
 from bigvision.streaming.into import ELEMENTWISE
 from bigvision.streaming.program import Pass, Stage
@@ -98,9 +97,10 @@ def _place(stage: Stage, reader: Stage) -> tuple[Stage, int] | None:
 
 def column_padding(stage: Stage) -> Columns:
     """Zero columns that a convolution adds to its input; none for any other operator."""
-    if operator_name(stage.node) != "conv2d":
+    node = stage.operators[0]
+    if operator_name(node) != "conv2d":
         return 0, 0
-    args = arguments(stage.node)
+    args = arguments(node)
     return convolution_padding(args, result_shape(args["weight"])[-2:])[1]
 
 
@@ -115,7 +115,7 @@ def _columns(stage: Stage, readers: list[Stage]) -> Columns:
     work: dict[Columns, int] = {}
     for reader in readers:
         wanted = column_padding(reader)
-        work[wanted] = work.get(wanted, 0) + flops(reader.node)
+        work[wanted] = work.get(wanted, 0) + reader.flops
     most, share = max(work.items(), key=lambda one: one[1], default=((0, 0), 0))
     return most if 2 * share > sum(work.values()) else (0, 0)
 
@@ -127,7 +127,7 @@ _OWNERS = {*ELEMENTWISE, "conv2d", "conv_transpose2d", "max_pool2d", "avg_pool2d
 def overwritten_input(stage: Stage) -> fx.Node | None:
     """The input in whose memory an elementwise operator can leave its result, if nobody else needs it."""
     node = stage.node
-    if operator_name(node) not in ELEMENTWISE or stage.writer is None:
+    if len(stage.operators) > 1 or operator_name(node) not in ELEMENTWISE or stage.writer is None:
         return None
     source = node.args[0]
     if not isinstance(source, fx.Node) or source not in stage.inputs or operator_name(source) not in _OWNERS:

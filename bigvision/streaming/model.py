@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from bigvision.graph import fold_batch_norm, trace_padded
 from bigvision.graph.cost import flops as cost_of
 from bigvision.streaming.backward import BackwardResult, Budget, backward, plan_backward
 from bigvision.streaming.checkpoints import BudgetError, Scratch
+from bigvision.streaming.compiled import compiled
 from bigvision.streaming.footprint import forward_bytes
 from bigvision.streaming.forward import forward
 from bigvision.streaming.losses import Loss
@@ -38,6 +40,7 @@ class StreamedModel:
             nothing is.
         dtype: the precision to compute in; gradients arrive in the parameters' own.
         device: where to compute.
+        compile: merge operators of the forward stream's steps (see `compiled`); needs a C++ compiler.
 
     Raises:
         UntraceableError, UnsupportedOperatorError: the network can't be streamed; the message says why.
@@ -54,6 +57,7 @@ class StreamedModel:
         scratch: tuple[str | Path, int | str] | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        compile: bool = False,
     ) -> None:
         self.shape = shape
         self.dtype, self.device = dtype, torch.device(device)
@@ -63,6 +67,8 @@ class StreamedModel:
         traced, self.stride = trace_padded(model.eval(), shape)
         self.program = compile_program(fold_batch_norm(traced))
         self.inference = spilled(self.program, dtype, 0 if spill is None else spill.limit)
+        if compile:
+            self.inference = replace(self.inference, lower=compiled)
         self.rows, self._peak_bytes = plan_rows(self.inference, self.stride, rows, limit, dtype)
 
     @cached_property

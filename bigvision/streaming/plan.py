@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from bigvision.graph.cost import flops
 from bigvision.streaming.checkpoints import BudgetError, CheckpointPlan, rows_a_step
 from bigvision.streaming.footprint import forward_bytes
 from bigvision.streaming.program import Program
@@ -95,6 +94,5 @@ def row_choices(height: int, width: int, stride: int) -> list[int]:
 def pass_flops(program: Program) -> list[int]:
     """FLOPs of every pass."""
     return [
-        sum(flops(stage.node) for stage in walk.stages if stage.node not in walk.given)
-        for walk in program.passes
+        sum(stage.flops for stage in walk.stages if stage.node not in walk.given) for walk in program.passes
     ]

@@ -6,7 +6,7 @@ the number of passes that must have ended before it can run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from bigvision.graph.arguments import arguments
 from bigvision.graph.axes import AxisMap
+from bigvision.graph.cost import flops
 from bigvision.graph.flow import flows, streaming_inputs
 from bigvision.graph.layout import Flow, refusal
 from bigvision.graph.trace import TracedGraph, operator_name, result_shape
@@ -28,7 +29,8 @@ class Stage:
     """One streaming operator.
 
     Attributes:
-        node: the operator in the traced graph.
+        node: the operator in the traced graph; of several merged ones the last.
+        operators: all of them, in execution order.
         inputs: its streaming inputs.
         rows: which input rows its rows read; None: the same.
         axis: the (negative) axis of its rows; `size` how many it has, `size_in` its inputs.
@@ -39,6 +41,7 @@ class Stage:
     """
 
     node: fx.Node
+    operators: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
     rows: AxisMap | None
     axis: int
@@ -54,6 +57,11 @@ class Stage:
     def shape(self) -> tuple[int, ...]:
         """Of its (first) result over the whole image."""
         return result_shape(self.node)
+
+    @property
+    def flops(self) -> int:
+        """Of all rows."""
+        return sum(map(flops, self.operators))
 
     @property
     def grows(self) -> bool:
@@ -99,6 +107,10 @@ class Pass:
         return max(a, first), max(min(b, last), a, first)
 
 
+def _as_it_is(walk: Pass) -> Pass:
+    return walk
+
+
 @dataclass(frozen=True, eq=False)
 class Boundary:
     """Values kept in scratch storage at the end of pass `after`, from which the later ones start."""
@@ -119,6 +131,7 @@ class Program:
         levels: of every node, how many passes end before it can run.
         output: the node whose value the network returns.
         boundaries: where passes start from values kept in scratch storage, not from the image.
+        lower: what is made of every pass before it is run.
     """
 
     traced: TracedGraph
@@ -128,6 +141,7 @@ class Program:
     levels: dict[fx.Node, int]
     output: fx.Node
     boundaries: tuple[Boundary, ...] = ()
+    lower: Callable[[Pass], Pass] = _as_it_is
 
     @cached_property
     def passes(self) -> tuple[Pass, ...]:
@@ -136,7 +150,7 @@ class Program:
         walks, given = [], frozenset[fx.Node]()
         for index in range(self.depth):
             kept = ends.get(index, frozenset())
-            walks.append(self.walk(index, given, kept - given))
+            walks.append(self.lower(self.walk(index, given, kept - given)))
             given = kept or given
         return tuple(walks)
 
@@ -270,7 +284,9 @@ def _stage(node: fx.Node, flow: Flow, known: dict[fx.Node, Flow], level: int, fr
     _check_sizes(node, inputs, known, flow)
     input_axis = next((known[source].layout.rows for source in inputs), axis)  # type: ignore[union-attr]
     writer = writer_for(node) if node.op == "call_function" else None
-    return Stage(node, inputs, flow.rows, axis, size, size_in, input_axis, level, free, kernel, writer)
+    return Stage(
+        node, (node,), inputs, flow.rows, axis, size, size_in, input_axis, level, free, kernel, writer
+    )
 
 
 def _check_sizes(node: fx.Node, inputs: Iterable[fx.Node], known: dict[fx.Node, Flow], flow: Flow) -> None:

@@ -16,7 +16,6 @@ from itertools import pairwise
 import torch
 from torch import fx
 
-from bigvision.graph.cost import flops
 from bigvision.streaming.footprint import row_bytes
 from bigvision.streaming.program import Boundary, Pass, Program
 
@@ -85,7 +84,7 @@ class _Choice:
         return cost, ends if end is None else (*ends, end)
 
     def _cost(self, walk: Pass) -> float:
-        computed = sum(flops(stage.node) for stage in walk.stages if stage.node not in walk.given)
+        computed = sum(stage.flops for stage in walk.stages if stage.node not in walk.given)
         moved = {*walk.given, *(stage.node for stage in walk.spilled)} - {self.program.traced.image}
         return computed + FLOPS_A_BYTE * _bytes(self.program, moved, self.dtype)
 

@@ -216,7 +216,7 @@ def _nowhere(path: Path) -> Raster:
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), itertools.combinations((2009, 2012, 2015, 2017, 2018, 2020), 2), ids=str
+    ("one", "other"), list(itertools.combinations((2009, 2012, 2015, 2017, 2018, 2020), 2)), ids=str
 )
 def test_real_revisits(shared_data: Path, one: int, other: int) -> None:
     """Of the six dates two pairs share a grid; the others lie a part of a pixel apart."""

@@ -38,7 +38,7 @@ class Skip(nn.Module):
         return self.head(torch.cat([up, x] if self.first else [x, up], 1))
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(
     factor=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     first=st.booleans(),

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from bigvision.graph import fold_batch_norm, trace
 from bigvision.streaming import StreamedModel
+from bigvision.streaming.compiled import compiled
 from bigvision.streaming.program import Boundary, Program, compile_program
 from bigvision.streaming.spill import frontier
 
@@ -29,7 +30,7 @@ def at_every_pass(program: Program) -> Program:
 
 
 def streamed_equals_whole(seed: int) -> None:
-    """One random network of a random size: in one go and step by step, folded, and with values spilled."""
+    """One random network of a random size: step by step, folded, merged, and with values spilled."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
 
@@ -48,11 +49,15 @@ def streamed_equals_whole(seed: int) -> None:
             return
         assert error(in_place(program, image, rows[0]), whole) <= EXACT
         assert error(in_place(folded, image, rows[1]), whole) <= EXACT
+        merged = replace(folded, lower=compiled)
+        assert error(in_place(merged, image, rows[0]), whole) <= EXACT
         assert error(restored(program, image, rows[1]), whole) <= EXACT
         if program.depth > 1:
             with TemporaryDirectory() as scratch:
                 spilled = at_every_pass(folded)
                 assert error(in_place(spilled, image, rows[0], Path(scratch)), whole) <= EXACT
+                spilled = replace(spilled, lower=compiled)
+                assert error(in_place(spilled, image, rows[1], Path(scratch)), whole) <= EXACT
                 assert not list(Path(scratch).iterdir()), "rows are left behind"
 
 

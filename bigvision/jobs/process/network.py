@@ -4,9 +4,11 @@ Legend: C bands in, K channels out, H and W rows and columns.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,7 @@ class Network:
     """A module in its final form.
 
     classes: K. state: hash of its parameters and buffers as loaded; architecture: of how it prints itself.
+    compile: tiles run through `torch.compile`, streams with their operators merged.
     """
 
     module: nn.Module
@@ -48,12 +51,18 @@ class Network:
     device: str
     state: str
     architecture: str
+    compile: bool = False
+
+    @cached_property
+    def forward(self) -> Callable[..., Any]:
+        """What computes a tile."""
+        return torch.compile(self.module, dynamic=False) if self.compile else self.module
 
     @torch.inference_mode()
     def __call__(self, image: Tensor) -> Tensor:
         """Logits [K, H, W] of an image float32 [C, H, W]; ValueError for an output of another size."""
         prepared = image[None].to(self.device, self.dtype, memory_format=torch.channels_last)
-        logits = _tensor(self.module(prepared))
+        logits = _tensor(self.forward(prepared))
         if logits.shape != (1, self.classes, *image.shape[1:]):
             raise ValueError(
                 f"the model turns {tuple(image.shape)} pixels into {tuple(logits.shape)}, "
@@ -73,9 +82,7 @@ def load_network(spec: NetworkSpec) -> Network:
     dtype = getattr(torch, spec.dtype)
     module.to(device=spec.device, dtype=dtype)
     module.to(memory_format=torch.channels_last)
-    if spec.compile:
-        module.compile(dynamic=False)
-    return Network(module, classes, dtype, spec.device, state, architecture)
+    return Network(module, classes, dtype, spec.device, state, architecture, spec.compile)
 
 
 def network_for(scene: str, spec: NetworkSpec) -> Network:

@@ -132,9 +132,9 @@ def plan_scene(
     Of the `disk` bytes that are free where the result goes, passes of a stream may keep values in half.
 
     `auto` streams whatever can be traced, since bands repeat less of their neighbours than tiles do;
-    `--tile`, `--halo` and `--compile` are words about tiles, and ask for them.
+    `--tile` and `--halo` are words about tiles, and ask for them.
     """
-    tiled = options.tile or options.halo is not None or options.compile or analysis.source != "graph"
+    tiled = options.tile or options.halo is not None or analysis.source != "graph"
     if options.engine == "stream" or (options.engine == "auto" and not tiled):
         return _plan_stream(shape, kind, analysis, options, precision, model, disk)
     return _plan_tiles(shape, kind, analysis, options, precision)
@@ -151,8 +151,6 @@ def _plan_stream(
 ) -> Plan:
     if analysis.source != "graph":
         raise ValueError("--engine stream needs a network that can be traced; --engine tiles does not")
-    if options.compile:
-        raise ValueError("--compile is for --engine tiles: a compiled row step measured no faster")
     whole = padded_size(shape[1], shape[2], analysis.stride)[0]
     processes = options.workers or 1
     # Rows that depend on the whole scene are bands of its stream, which need no halo.

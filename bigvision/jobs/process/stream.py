@@ -83,6 +83,7 @@ def streamed_model(
         scratch=None if scratch is None else (scratch.folder, scratch.limit),
         dtype=network.dtype,
         device=network.device,
+        compile=network.compile,
     )
 
 
