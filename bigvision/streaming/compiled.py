@@ -28,6 +28,24 @@ Loop = Callable[..., None]
 """Writes into its first argument what it computes of the others."""
 
 
+class NoCompilerError(ValueError):
+    """There is nothing to compile loops with."""
+
+
+def require_compiler(device: torch.device) -> None:
+    """NoCompilerError where a processor's loops can't be built."""
+    from torch._inductor import cpp_builder  # 1.4 s and 170 MiB, for those alone who compile
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        if device.type == "cpu":
+            cpp_builder.get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise NoCompilerError(
+            "compiling needs a C++ compiler (g++, clang++ or the one that CXX names), and there is none"
+        ) from error
+
+
 def compiled(walk: Pass) -> Pass:
     """The pass with its operators merged: what it gives, sums and keeps is the same."""
     readers: dict[fx.Node, list[Stage]] = {stage.node: [] for stage in walk.stages}

@@ -16,7 +16,7 @@ from bigvision.graph import fold_batch_norm, trace_padded
 from bigvision.graph.cost import flops as cost_of
 from bigvision.streaming.backward import BackwardResult, Budget, backward, plan_backward
 from bigvision.streaming.checkpoints import BudgetError, Scratch
-from bigvision.streaming.compiled import compiled
+from bigvision.streaming.compiled import compiled, require_compiler
 from bigvision.streaming.footprint import forward_bytes
 from bigvision.streaming.forward import forward
 from bigvision.streaming.losses import Loss
@@ -45,6 +45,7 @@ class StreamedModel:
     Raises:
         UntraceableError, UnsupportedOperatorError: the network can't be streamed; the message says why.
         BudgetError: the memory can't hold the smallest step.
+        NoCompilerError: `compile` without a C++ compiler.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class StreamedModel:
         self.program = compile_program(fold_batch_norm(traced))
         self.inference = spilled(self.program, dtype, 0 if spill is None else spill.limit)
         if compile:
+            require_compiler(self.device)
             self.inference = replace(self.inference, lower=compiled)
         self.rows, self._peak_bytes = plan_rows(self.inference, self.stride, rows, limit, dtype)
 

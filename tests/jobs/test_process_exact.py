@@ -151,3 +151,18 @@ def test_pooling_net_is_not_local() -> None:
     other[:, 7, 7] = 1
     model = pooling_net()
     assert (whole_image(model, image, 1)[:, 0, 0] != whole_image(model, other, 1)[:, 0, 0]).any()
+
+
+@pytest.mark.parametrize("engine", ["auto", "tiles"])
+def test_a_compiled_job_is_exact(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bigvision.streaming.compiled.LEAST_RESULTS", 0)
+    pixels = random_pixels((3, 70, 53))
+    scene = write_scene(tmp_path / "scene.tif", pixels)
+    options = Options(
+        model=f"{NETWORKS}:random_net?seed=6", output="logits", dtype="float32", engine=engine, compile=True
+    )
+    outcome = run_scene((str(scene),), tmp_path / "out.tif", options)
+    model = random_net(6)
+    assert outcome.plan is not None
+    assert outcome.plan.engine == {"auto": "stream", "tiles": "tiles"}[engine]
+    assert_equal_to_whole(read(tmp_path / "out.tif"), whole_image(model, pixels, model.stride))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bigvision.streaming import StreamedModel
+from bigvision.streaming.compiled import NoCompilerError
 
 
 class Residual(nn.Module):
@@ -88,3 +89,9 @@ def test_weights_that_changed_are_packed_anew() -> None:
         after, whole = streamed(image), model(image[None])
     assert error(after, whole) <= 1e-5
     assert error(before, whole) > 0.1
+
+
+def test_without_a_compiler_nothing_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(NoCompilerError, match="needs a C\\+\\+ compiler"):
+        StreamedModel(Residual(), (2, 32, 16), compile=True)
