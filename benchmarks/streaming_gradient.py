@@ -32,6 +32,7 @@ from torch import nn
 from bigvision.graph import cost, trace
 from bigvision.streaming import StreamedModel
 from bigvision.streaming.losses import CrossEntropy
+from bigvision.streaming.plan import FIRST_USE
 from datasets.scene_files import write_scene
 from datasets.scenes import CLASSES, Scene
 from tiling import Raster, open_raster
@@ -130,7 +131,7 @@ def backward(
         "recomputed": plan.recomputed,
         "on disk": plan.on_disk,
         "disk GB": plan.disk_bytes / 1e9,
-        "predicted": (process + plan.peak_bytes) / GIB,
+        "predicted": (process + FIRST_USE + plan.peak_bytes) / GIB,
     }
 
 

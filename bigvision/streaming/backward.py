@@ -28,6 +28,7 @@ from bigvision.streaming.held import Held, narrowed, weights_of
 from bigvision.streaming.losses import Loss
 from bigvision.streaming.losses import Sums as LossSums
 from bigvision.streaming.memory import freed_memory_kept
+from bigvision.streaming.plan import FIRST_USE
 from bigvision.streaming.program import Pass, Program
 from bigvision.streaming.row_store import GivenRows
 from bigvision.streaming.scan import StepResult
@@ -85,10 +86,11 @@ class Budget:
     scratch: Scratch | None = None
 
     def beside_the_process(self) -> Budget:
-        """The same, where `memory` was meant for the whole process: less what it holds now."""
+        """The same, where `memory` was meant for the whole process: less what it and its libraries take."""
         if self.memory is None:
             return self
-        return replace(self, memory=max(self.memory - psutil.Process(os.getpid()).memory_info().rss, 0))
+        taken = psutil.Process(os.getpid()).memory_info().rss + FIRST_USE
+        return replace(self, memory=max(self.memory - taken, 0))
 
 
 @dataclass

@@ -112,6 +112,8 @@ class BandedStream:
 def banded(walk: Pass, plan: Schedule, band: Rows) -> tuple[Pass, Schedule]:
     """The part of a pass, and of its schedule, that a band of image rows needs."""
     needed = _needed(walk, band)
+    if not needed:  # of a pass that starts from few rows a band can have none
+        return replace(walk, stages=()), Schedule(0, {}, {})
     stages = tuple(stage for stage in walk.stages if stage.node in needed)
     made = {node: np.clip(plan.made[node], *rows) for node, rows in needed.items()}
     kept = {node: np.clip(plan.kept[node], *rows) for node, rows in needed.items()}
