@@ -8,6 +8,7 @@ import pytest
 import torch
 from forward_oracle import error
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from torch.nn import functional as F
 
 from bigvision.streaming import StreamedModel
@@ -91,7 +92,7 @@ def test_weights_that_changed_are_packed_anew() -> None:
     assert error(before, whole) > 0.1
 
 
-def test_without_a_compiler_nothing_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(NoCompilerError, match="needs a C\\+\\+ compiler"):
+def test_without_a_compiler_nothing_is_begun() -> None:
+    none = inductor.patch({"cpp.cxx": ("no-such-compiler",)})
+    with none, pytest.raises(NoCompilerError, match="needs a C\\+\\+ compiler"):
         StreamedModel(Residual(), (2, 32, 16), compile=True)
