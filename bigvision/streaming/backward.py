@@ -211,7 +211,7 @@ def _plan_pass(program: Program, walk: Pass, dtype: torch.dtype, budget: Budget)
     if budget.rows is not None:
         rows = [min(budget.rows, height)]
     else:
-        rows = [r for r in (16, 32, 64, 128, 256) if r < height] or [height]
+        rows = [r for r in (16, 32, 48, 64, 96, 128, 192, 256) if r < height] or [height]
     scratch = budget.scratch.limit if budget.scratch else 0
     try:
         return plan_checkpoints([step_bytes(program, walk, r, dtype) for r in rows], budget.memory, scratch)

@@ -27,7 +27,7 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "add": aten.add.out,
     "sub": aten.sub.out,
     "mul": aten.mul.out,
-    "div": aten.div.out,
+    "div": torch.div,  # with a rounding mode, too
     "sigmoid": aten.sigmoid.out,
     "silu": aten.silu.out,
     "gelu": aten.gelu.out,

@@ -1,5 +1,7 @@
 """The inference step moves as little as it can: rows are made where they are read, and stay there."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from forward_oracle import in_place
@@ -109,5 +111,41 @@ def test_a_buffer_has_the_zero_columns_that_most_of_the_work_wants(
     assert lines_of(model, (2, 12, 7), rows)["x"].columns == columns
     image = torch.randn(2, 12, 7, dtype=torch.float64)
     streamed = StreamedModel(model, (2, 12, 7), rows=rows, dtype=torch.float64)(image)
+    with torch.no_grad():
+        assert torch.allclose(streamed, model(image[None]), rtol=0, atol=1e-12)
+
+
+OPERATORS = {
+    "add": lambda x, y: torch.add(x, y, alpha=3),
+    "sub": lambda x, y: torch.sub(x, y, alpha=2),
+    "div": torch.div,
+    "div floor": lambda x, y: torch.div(x, y, rounding_mode="floor"),
+    "div trunc": lambda x, y: torch.div(x, y, rounding_mode="trunc"),
+    "gelu tanh": lambda x, y: F.gelu(x, approximate="tanh"),
+    "leaky relu": lambda x, y: F.leaky_relu(x, 0.3),
+    "elu": lambda x, y: F.elu(x, 0.7),
+    "relu6": lambda x, y: F.relu6(x),
+    "broadcast": lambda x, y: x * y[:, :1],
+}
+
+
+class Between(nn.Module):
+    """An elementwise operator that a convolution reads."""
+
+    def __init__(self, operator: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.operator, self.before = operator, nn.Conv2d(2, 2, 3, padding=1)
+        self.after = nn.Conv2d(2, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.operator(7 * self.before(x), x.abs() + 0.5))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("compile", [False, True])
+def test_elementwise_operators_keep_their_arguments(name: str, compile: bool) -> None:
+    model = Between(OPERATORS[name]).double().eval()
+    image = torch.randn(2, 13, 9, dtype=torch.float64)
+    streamed = StreamedModel(model, (2, 13, 9), rows=3, dtype=torch.float64, compile=compile)(image)
     with torch.no_grad():
         assert torch.allclose(streamed, model(image[None]), rtol=0, atol=1e-12)
