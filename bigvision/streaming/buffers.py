@@ -111,6 +111,16 @@ class Line:
         self.fresh: Any = None
         self.fresh_first = 0
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of its rows, where it has any."""
+        rows = self.fresh
+        if rows is None and self.delay is not None and self.delay.pieces:
+            rows = self.delay.pieces[0][1]
+        elif rows is None and self.window is not None:
+            rows = self.window.data
+        return rows.dtype if isinstance(rows, Tensor) else None
+
 
 class Scanner:
     """One pass over an image, step by step, in bounded memory.
@@ -279,7 +289,9 @@ class Scanner:
         if source is None or source in self.walk.given:
             return None
         line = self.lines[source]
-        return line.fresh if line.plan.private and line.window is None else None
+        if not line.plan.private or line.window is not None:
+            return None
+        return line.fresh if all(self.lines[one].dtype == line.dtype for one in stage.inputs) else None
 
     def _rows(self, reader: Stage, source: fx.Node, start: int, stop: int) -> Any:
         line = self.lines[source]

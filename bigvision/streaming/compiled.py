@@ -7,8 +7,9 @@ which then makes no indices. `torch.compile` writes those loops, each for any nu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor, fx
@@ -76,7 +77,7 @@ def _merged(stage: Stage, private: list[Stage], readers: list[Stage]) -> Stage:
     name = operator_name(stage.node)
     if name == "conv2d":
         return replace(stage, kernel=convolution(stage.node, PackedConvolution("none")))
-    if name == "max_pool2d" and stage.axis == -2:
+    if name == "max_pool2d" and (stage.axis, len(stage.shape)) == (-2, 4):
         return _pooling(stage)
     followed = len(readers) == 1 and (_is_elementwise(readers[0]) or _factors(readers[0]) != (1, 1))
     if name in ACTIVATIONS and private and operator_name(private[0].node) == "conv2d" and not followed:
@@ -129,12 +130,12 @@ def _tree(stage: Stage, parts: list[Stage]) -> Stage:
         if rows * (stop - start) == span.b - span.a:
             loop(place, *operands)
         else:
-            around = _room(stage, operands[0], rows * (stop - start))
+            around = _room(stage, operands, rows * (stop - start))
             loop(around, *operands)
             place.copy_(around.narrow(-2, span.a - rows * start, span.b - span.a))
 
     inputs = tuple(source for source in given if source in streamed)
-    return _written(replace(stage, inputs=inputs, operators=operators), write, inputs[0])
+    return _written(replace(stage, inputs=inputs, operators=operators), write)
 
 
 def _pooling(stage: Stage) -> Stage:
@@ -146,23 +147,24 @@ def _pooling(stage: Stage) -> Stage:
     def write(values: Values, span: Span, place: Tensor) -> None:
         loop(place, pad_rows(values(source), span, -torch.inf))
 
-    return _written(stage, write, source)
+    return _written(stage, write)
 
 
-def _written(stage: Stage, writer: Writer, like: fx.Node) -> Stage:
+def _written(stage: Stage, writer: Writer) -> Stage:
     """The stage with that writer; where it is given no place, its results have one of their own."""
 
     def kernel(values: Values, span: Span) -> Tensor:
-        place = _room(stage, values(like), span.b - span.a)
+        place = _room(stage, [values(source) for source in stage.inputs], span.b - span.a)
         writer(values, span, place)
         return place
 
     return replace(stage, writer=writer, kernel=kernel)
 
 
-def _room(stage: Stage, like: Tensor, rows: int) -> Tensor:
+def _room(stage: Stage, operands: Sequence[Tensor], rows: int) -> Tensor:
     shape = (*stage.shape[:-2], rows, stage.shape[-1])
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    dtype = reduce(torch.promote_types, (operand.dtype for operand in operands))
+    return torch.empty(shape, dtype=dtype, device=operands[0].device, memory_format=torch.channels_last)
 
 
 def _repeated(x: Tensor, rows: int, cols: int) -> Tensor:

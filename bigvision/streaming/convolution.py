@@ -82,8 +82,7 @@ class PackedConvolution:
 
     def __init__(self, activation: str) -> None:
         self._name, self._in_place = ACTIVATIONS[activation]
-        self._weight: tuple[Tensor, int] | None = None
-        self._packed: Tensor | None = None
+        self._packed: tuple[Tensor, int, Tensor] | None = None  # a weight, its version, what it was packed to
 
     def __call__(
         self,
@@ -98,13 +97,15 @@ class PackedConvolution:
         """`torch.nn.functional.conv2d` and the activation."""
         if not _packs(x):
             return self._in_place(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
-        if self._weight is None or self._weight[0] is not weight or self._weight[1] != weight._version:
-            self._weight = weight, weight._version
-            self._packed = torch.ops.mkldnn._reorder_convolution_weight(
+        version = 0 if weight.is_inference() else weight._version
+        packed = self._packed
+        if packed is None or packed[0] is not weight or packed[1] != version:
+            blocks = torch.ops.mkldnn._reorder_convolution_weight(
                 weight, padding, stride, dilation, groups, list(x.shape)
             )
+            self._packed = packed = weight, version, blocks
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, self._packed, bias, padding, stride, dilation, groups, self._name, [], ""
+            x, packed[2], bias, padding, stride, dilation, groups, self._name, [], ""
         )
         return y
 

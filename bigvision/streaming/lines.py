@@ -132,4 +132,5 @@ def overwritten_input(stage: Stage) -> fx.Node | None:
     source = node.args[0]
     if not isinstance(source, fx.Node) or source not in stage.inputs or operator_name(source) not in _OWNERS:
         return None
-    return source if result_shape(source) == result_shape(node) else None
+    same = result_shape(source) == result_shape(node) and source.meta["val"].dtype == node.meta["val"].dtype
+    return source if same else None

@@ -132,9 +132,12 @@ class StreamedModel:
         """Without the rows and columns that only the padding gave."""
         (_, height, width), (_, high, wide) = self.shape, self.program.traced.shape
         stage = self.program.stages[self.program.output]
-        others = [axis for axis in range(-y.ndim, 0) if axis != stage.axis]
-        across = max((a for a in others if y.shape[a] * high == wide * stage.size), default=others[-1])
         rows = -(-height * stage.size // high) - row
-        cols = -(-width * y.shape[across] // wide)
-        if rows > 0:
-            yield row, y.narrow(stage.axis, 0, min(rows, y.shape[stage.axis])).narrow(across, 0, cols)
+        if rows <= 0:
+            return
+        y = y.narrow(stage.axis, 0, min(rows, y.shape[stage.axis]))
+        # Columns mostly follow the rows; on whichever axis they are, they grow as the rows do.
+        axes = [axis for axis in (stage.axis + 1, *range(-1, -y.ndim - 1, -1)) if axis not in (0, stage.axis)]
+        usual = -1 if stage.axis == -2 else None
+        across = next((axis for axis in axes if y.shape[axis] * high == wide * stage.size), usual)
+        yield row, y if across is None else y.narrow(across, 0, -(-width * y.shape[across] // wide))

@@ -149,3 +149,30 @@ def test_elementwise_operators_keep_their_arguments(name: str, compile: bool) ->
     streamed = StreamedModel(model, (2, 13, 9), rows=3, dtype=torch.float64, compile=compile)(image)
     with torch.no_grad():
         assert torch.allclose(streamed, model(image[None]), rtol=0, atol=1e-12)
+
+
+class OtherTypes(nn.Module):
+    """Results whose type is not that of the operand in whose memory they could stand."""
+
+    def __init__(self, integers: bool) -> None:
+        super().__init__()
+        self.integers, self.convolution = integers, nn.Conv2d(2, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.convolution(x)
+        if not self.integers:
+            return torch.relu(torch.round(y * 4).float()) + y / 3
+        best = y.argmax(1, keepdim=True)
+        twice = best + best
+        return twice / (best + 1)
+
+
+@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize("compile", [False, True])
+def test_results_of_another_type_get_memory_of_their_own(integers: bool, compile: bool) -> None:
+    model = OtherTypes(integers).double().eval()
+    image = torch.randn(2, 13, 9, dtype=torch.float64)
+    streamed = StreamedModel(model, (2, 13, 9), rows=3, dtype=torch.float64, compile=compile)(image)
+    with torch.no_grad():
+        whole = model(image[None])
+    assert streamed.double().allclose(whole.double(), rtol=0, atol=1e-6 if integers else 1e-12)

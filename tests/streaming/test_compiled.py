@@ -96,3 +96,38 @@ def test_without_a_compiler_nothing_is_begun() -> None:
     none = inductor.patch({"cpp.cxx": ("no-such-compiler",)})
     with none, pytest.raises(NoCompilerError, match="needs a C\\+\\+ compiler"):
         StreamedModel(Residual(), (2, 32, 16), compile=True)
+
+
+class Standardised(nn.Conv2d):
+    """Its weight is computed, and so has no version where nothing is recorded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+class Unbatched(nn.Module):
+    """Pools without the axis of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(self.convolution(x).squeeze(0), 3, 2, 1).unsqueeze(0)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(Standardised(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1)),
+        nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()),
+        Unbatched(),
+    ],
+    ids=["standardised", "batch norm", "unbatched"],
+)
+def test_inference_mode(model: nn.Module) -> None:
+    model, image = model.eval(), torch.randn(3, 24, 20)
+    streamed = StreamedModel(model, (3, 24, 20), rows=5, compile=True)
+    with torch.inference_mode():
+        assert error(streamed(image), model(image[None])) <= 1e-5

@@ -138,6 +138,16 @@ def test_rows_are_gathered_on_whichever_axis_they_are(order: tuple[int, ...] | N
     assert error(streamed, whole.mean(1) if order is None else whole.permute(order)) <= EXACT
 
 
+def test_channels_as_many_as_columns_are_not_cropped_for_them() -> None:
+    class ChannelsLast(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).permute(0, 2, 3, 1)
+
+    model = ChannelsLast(nn.Conv2d(3, 4, 2, 2), nn.Upsample(scale_factor=2), nn.Conv2d(4, 20, 3, padding=1))
+    streamed = StreamedModel(model, (3, 23, 19), rows=5)(torch.randn(3, 23, 19))
+    assert streamed.shape == (1, 23, 19, 20)
+
+
 def test_a_source_of_another_shape_or_that_fails_is_named() -> None:
     class Fails:
         shape = (2, 16, 8)
