@@ -33,7 +33,7 @@ def interpolation_taps(
     `factor` is the operator's own scale factor, where it was given one: it then replaces size_in / size_out.
     """
     if kind.startswith("nearest"):
-        return _nearest(kind, size_in, size_out, factor)
+        return _nearest(kind, size_in, size_out, factor, dtype)
     source, real = _source_rows(size_in, size_out, align_corners, factor, dtype)
     if kind == "bilinear":
         source = np.maximum(source, real(0))
@@ -84,9 +84,10 @@ def _source_rows(
     return scale * (rows + real(0.5)) - real(0.5), real
 
 
-def _nearest(kind: str, size_in: int, size_out: int, factor: float | None) -> Taps:
+def _nearest(kind: str, size_in: int, size_out: int, factor: float | None, dtype: torch.dtype) -> Taps:
     """Asks the operator itself: it rounds in its own way."""
-    column = torch.arange(size_in, dtype=torch.float32).view(1, 1, size_in, 1)
+    wide = torch.promote_types(dtype, torch.float32)  # the precision in which it computes the index
+    column = torch.arange(size_in, dtype=wide).view(1, 1, size_in, 1)
     operator = {
         "nearest": torch.ops.aten.upsample_nearest2d,
         "nearest_exact": torch.ops.aten._upsample_nearest_exact2d,

@@ -69,6 +69,7 @@ def streamed_equals_whole(seed: int) -> None:
 @example(1093)  # a statistic of a spread statistic
 @example(40_273)  # a classifier of a map of one pixel
 @example(1_448_613_496)  # a crop, a view of a line buffer, that waits for the deep branch
+@example(4_000_506)  # a source row that is a tie but for the precision of its index
 @example(500_121)  # one pixel: any axis of one could be its row
 def test_random_networks(seed: int) -> None:
     streamed_equals_whole(seed)
