@@ -180,9 +180,7 @@ class Program:
         return Pass(
             self.stages[image].size,
             tuple(
-                replace(stage, inputs=(), rows=None, kernel=_unreachable, writer=None)
-                if node in given
-                else stage
+                _read(stage) if node in given else stage
                 for node, stage in self.stages.items()
                 if node in wanted
             ),

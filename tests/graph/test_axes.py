@@ -119,6 +119,8 @@ def test_maps_by_hand(model: nn.Module, first: list[int], last: list[int]) -> No
         (lambda x: F.pad(x, (1, 1, 1, 1), "circular"), "last rows first|no rule"),
         (lambda x: x[:, :, 0], "one row of the image"),
         (lambda x: x.median(2).values, "median"),
+        (lambda x: F.conv2d(x[0], torch.ones(1, 2, 3, 3)), "without the axis of the batch"),
+        (lambda x: F.conv_transpose2d(x[0], torch.ones(2, 1, 3, 3)), "without the axis of the batch"),
     ],
 )
 def test_operators_without_a_rule_are_named(function: object, message: str) -> None:

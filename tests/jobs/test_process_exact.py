@@ -10,6 +10,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from process_networks import dict_net, pooling_net, random_net
 from process_scenes import random_pixels, read, whole_image, write_scene
+from torch._inductor import config as inductor
 
 from bigvision.jobs.process import Options, run_scene
 from tiling import open_raster
@@ -166,3 +167,12 @@ def test_a_compiled_job_is_exact(engine: str, tmp_path: Path, monkeypatch: pytes
     assert outcome.plan is not None
     assert outcome.plan.engine == {"auto": "stream", "tiles": "tiles"}[engine]
     assert_equal_to_whole(read(tmp_path / "out.tif"), whole_image(model, pixels, model.stride))
+
+
+def test_without_a_compiler_nothing_is_begun(tmp_path: Path) -> None:
+    scene = write_scene(tmp_path / "scene.tif", random_pixels((3, 20, 20)))
+    options = Options(model=f"{NETWORKS}:random_net?seed=6", compile=True)
+    none = inductor.patch({"cpp.cxx": ("no-such-compiler",)})
+    with none, pytest.raises(ValueError, match=r"needs a C\+\+ compiler"):
+        run_scene((str(scene),), tmp_path / "out" / "scene.tif", options)
+    assert not list((tmp_path / "out").glob("*.tif"))

@@ -20,6 +20,8 @@ from bigvision.graph.trace import operator_name, result_shape
 @rule("conv2d")
 def _convolution(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     before, after = result_shape(args["input"]), result_shape(node)
+    if len(before) != 4:
+        raise refusal(node, f"its input has the shape {before}, without the axis of the batch")
     kernel = result_shape(args["weight"])[-2:]
     padding = convolution_padding(args, kernel)
     stride, dilation = pair(args["stride"]), pair(args["dilation"])
@@ -33,6 +35,8 @@ def _convolution(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
 @rule("conv_transpose2d")
 def _transposed_convolution(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     before, after = result_shape(args["input"]), result_shape(node)
+    if len(before) != 4:
+        raise refusal(node, f"its input has the shape {before}, without the axis of the batch")
     kernel = result_shape(args["weight"])[-2:]
     stride, dilation, padding = pair(args["stride"]), pair(args["dilation"]), pair(args["padding"])
     rows, cols = (

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bigvision.jobs.process.folding import fold_batch_norms
 from bigvision.jobs.process.options import Options
 from bigvision.models.spec import first_line, load_model
+from bigvision.streaming.compiled import require_compiler
 
 _TRIAL = 128  # rows and columns of the image that a network is tried on: the usual strides divide it
 
@@ -100,6 +101,8 @@ def network_spec(options: Options, channels: int, dtype: str = "float32") -> Net
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device is available here")
+    if options.compile:
+        require_compiler(torch.device(device))
     return NetworkSpec(
         options.model, options.weights, options.trust_model, channels, dtype, options.compile, device
     )

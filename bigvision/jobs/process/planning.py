@@ -32,6 +32,7 @@ _CORES = (4096, 3584, 3072, 2560, 2048, 1536, 1024, 768, 512, 384, 256, 128, 64,
 # measurement, so that one command always cuts alike.
 PROCESS_BYTES = 1000 * 2**20
 _WORKER = 600 * 2**20  # the same of a worker, whose libraries are those of the first process
+_COMPILER = 450 * 2**20  # of torch's compiler and the processes that it starts (measured: 170 and 250 MiB)
 _SCRATCH = 1.4  # kernels' scratch and the heap's fragments, on top of the results themselves (measured)
 
 
@@ -285,7 +286,8 @@ def _best_core(
 
 def _base(options: Options) -> int:
     """Bytes of a process that computes, before it does."""
-    return PROCESS_BYTES if options.workers is None else _WORKER
+    process = PROCESS_BYTES if options.workers is None else _WORKER
+    return process + _COMPILER if options.compile else process
 
 
 def _coordinator(options: Options) -> int:
