@@ -299,7 +299,7 @@ class Scanner:
             return line.delay.rows(start, stop)
         if line.window is not None:
             return line.window.rows(start, stop, column_padding(reader))
-        if isinstance(line.fresh, tuple | list):  # an operator with several results, consumed row for row
+        if isinstance(line.fresh, tuple):  # an operator with several results, consumed row for row
             return line.fresh
         if start == stop:  # padding alone
             return no_rows(source, reader.input_axis, self.like)

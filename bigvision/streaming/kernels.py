@@ -36,6 +36,7 @@ Values = Callable[[fx.Node], Any]
 """Gives a kernel its inputs: a streaming one's rows first..last, clipped to the image; a held one whole."""
 
 Kernel = Callable[[Values, "Span"], Any]
+"""Gives an operator's rows; several results are a tuple, also where ATen gives a list (chunk, unbind)."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ def _as_it_is(node: fx.Node) -> Kernel:
     """Operators that treat every row alike run on rows unchanged."""
 
     def run(values: Values, span: Span) -> Any:
-        args = fx.map_arg(node.args, values)
-        return node.target(*args, **fx.map_arg(node.kwargs, values))  # type: ignore[operator]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values)
+        result = node.target(*args, **kwargs)  # type: ignore[operator]
+        return tuple(result) if isinstance(result, list) else result
 
     return run
 

@@ -5,6 +5,7 @@ Legend: t step, T steps of a pass; rows before step t count from 0 at t = 0.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,6 +91,9 @@ def _ask_free_stages(walk: Pass, made: dict[fx.Node, np.ndarray], pace: np.ndarr
         if stage is walk.output or any(one.source is stage.node for one in walk.statistics):
             asked.append(-(-stage.size * pace // pace[-1]))
         made[stage.node] = np.minimum(np.max(asked, axis=0), stage.size)
+    for stage in walk.stages:
+        if stage.free and stage.node.target is operator.getitem:  # one of several results, made with the others
+            made[stage.node] = made[stage.inputs[0]]
 
 
 def _read_until(consumer: Stage, made: np.ndarray) -> np.ndarray:

@@ -191,7 +191,7 @@ class TapedWalk:
 
         def read(source: fx.Node) -> Any:
             line = current[source] if source in current else no_rows(source, stage.input_axis, image)
-            if isinstance(line, tuple | list):  # an operator with several results, consumed row for row
+            if isinstance(line, tuple):  # an operator with several results, consumed row for row
                 return tuple(self._leaf(source, part) for part in line)
             start, stop = span.read
             first[source] = start
@@ -245,7 +245,7 @@ class TapedWalk:
         gradients: Gradients,
     ) -> None:
         """From a stage's rows back to the rows that it read and to the held values."""
-        if isinstance(tape.rows, tuple | list):
+        if isinstance(tape.rows, tuple):
             seeded = [
                 (part, tape.parts[place]) for place, part in enumerate(tape.rows) if place in tape.parts
             ]
@@ -265,7 +265,7 @@ class TapedWalk:
                 self._require_finite(t, source, gradient)
                 gradients.add(key, gradient)
             elif isinstance(tape.inputs[source], tuple):
-                tapes[source].parts[place] = gradient
+                tapes[source].add(place, gradient)
             else:
                 rows[source].add(tape.first[source], gradient)
 
@@ -294,6 +294,10 @@ class Tape:
     first: dict[fx.Node, int]
     active: bool
     parts: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, place: int, gradient: Tensor) -> None:
+        """Add to the gradient of a tuple's part: several readers may name the same one."""
+        self.parts[place] = self.parts[place] + gradient if place in self.parts else gradient
 
 
 class LineGradient:
