@@ -92,7 +92,9 @@ def _ask_free_stages(walk: Pass, made: dict[fx.Node, np.ndarray], pace: np.ndarr
             asked.append(-(-stage.size * pace // pace[-1]))
         made[stage.node] = np.minimum(np.max(asked, axis=0), stage.size)
     for stage in walk.stages:
-        if stage.free and stage.node.target is operator.getitem:  # one of several results, made with the others
+        if (
+            stage.free and stage.node.target is operator.getitem
+        ):  # one of several results, made with the others
             made[stage.node] = made[stage.inputs[0]]
 
 

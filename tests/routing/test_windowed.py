@@ -71,3 +71,27 @@ def test_far_from_edges_intervals_are_traced_once() -> None:
     windows = Windows(trace(Hourglass(2, 3).eval(), (2, 256, 256)))
     cuts = {id(windows.interval(0, row, row + 16).cuts) for row in range(48, 192, 8)}
     assert len(cuts) == len(windows._kinds) == 1
+
+
+class Halves(nn.Module):
+    """Two halves of the channels, of which one reads farther than the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(2, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        far, near = self.mix(x).chunk(2, 1)
+        return functional.avg_pool2d(far, 5, 1, 2) + near * far
+
+
+@pytest.mark.parametrize("box", [Box(0, 0, 4, 5), Box(8, 6, 12, 10), Box(17, 13, 21, 17)])
+def test_a_window_of_an_operator_with_several_results(box: Box) -> None:
+    torch.manual_seed(0)
+    module, x = Halves().eval(), torch.randn(1, 2, *SIDES)
+    network = windowed(module)
+    rows, cols = network.intervals(box)
+    with torch.inference_mode():
+        found = network(x[..., rows.start : rows.stop, cols.start : cols.stop], rows.cuts, cols.cuts)
+        whole = module(x)[..., box.top : box.bottom, box.left : box.right]
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
