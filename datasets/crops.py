@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rasterio.windows import Window
 
 from datasets.pairs import IGNORE, LabelledScene
+from datasets.streams import Use, stream
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def draw_crop(
 
     sizes: (height, width) of each scene; a scene smaller than `size` is taken whole along that side.
     """
-    generator = np.random.Generator(np.random.Philox(key=np.array([seed, step], np.uint64), counter=place))
+    generator = stream(Use.CROP, seed, step, place)
     areas = np.array([height * width for height, width in sizes], np.float64)
     scene = int(np.searchsorted(np.cumsum(areas), generator.random() * areas.sum(), side="right"))
     height, width = sizes[scene]
@@ -74,8 +75,7 @@ def shift_tones(
     """
     shifted = np.empty_like(images)
     for image, place, result in zip(images, places, shifted, strict=True):
-        key = np.array([seed, step], np.uint64)
-        generator = np.random.Generator(np.random.Philox(key=key, counter=(1 << 64) + place))
+        generator = stream(Use.TONES, seed, step, place)
         common = generator.uniform(-0.5, 0.5, (2, 1, 1, 1))
         own = generator.uniform(-0.5, 0.5, (2, len(image), 1, 1))
         gain, offset = ((common + own) * strength).astype(np.float32)

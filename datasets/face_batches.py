@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets.face_images import DamagedRecordError, FaceSource, fit_square
 from datasets.shuffling import Permutation
+from datasets.streams import Use, stream
 
 FEWEST = 2  # batch normalisation of one image has no variance
 AUGMENTATIONS = ("none", "flip", "light")
@@ -91,7 +92,7 @@ class TrainingBatches(Dataset[Batch]):
         epoch, place = divmod(step, self.steps_per_epoch)
         positions = np.arange(place * self.batch_size, (place + 1) * self.batch_size)[self.part]
         order = Permutation(len(self.source), self.seed, epoch)(positions)
-        streams = [np.random.Philox(key=[self.seed, epoch], counter=[0, 0, 0, int(p) + 1]) for p in positions]
+        streams = [stream(Use.FACE_AUGMENTATION, self.seed, epoch, int(p)) for p in positions]
         return read_batch(self.source, order, self.size, self.augment, streams, self.fewest)
 
 
@@ -100,7 +101,7 @@ def read_batch(
     positions: np.ndarray,
     size: int,
     augment: str = "none",
-    streams: list[np.random.Philox] | None = None,
+    streams: list[np.random.Generator] | None = None,
     fewest: int = 0,
 ) -> Batch:
     """Read positions of a source into a batch of at least `fewest`, damaged records left out and named."""
@@ -116,7 +117,7 @@ def read_batch(
             continue
         image = fit_square(image, size)
         if streams is not None:
-            image = augmented(image, augment, np.random.Generator(streams[number]))
+            image = augmented(image, augment, streams[number])
         images.append(image)
         labels.append(label)
         kept.append(number)

@@ -13,16 +13,16 @@ Legend: K patterns, S image size, M margin of the canvas in which the image is s
 
 import numpy as np
 
+from datasets.streams import Use, stream
+
 PATTERNS = 48
 LIGHTS = 6
 CELLS = 9  # the patterns' own resolution: smooth at any image size
 
 
-def smooth_patterns(count: int, channels: int, size: int, seed: int) -> np.ndarray:
+def smooth_patterns(count: int, channels: int, size: int, random: np.random.Generator) -> np.ndarray:
     """Smooth random patterns float32 [count, channels * size * size], of unit variance each."""
-    coarse = np.random.Generator(np.random.Philox(key=[seed, 0])).standard_normal(
-        (count, channels, CELLS, CELLS)
-    )
+    coarse = random.standard_normal((count, channels, CELLS, CELLS))
     rows = _interpolation(size)
     fine = np.einsum("hi,kcij,wj->kchw", rows, coarse, rows, optimize=True).reshape(count, -1)
     fine -= fine.mean(axis=1, keepdims=True)
@@ -52,8 +52,8 @@ class SyntheticIdentities:
         self.num_classes, self.per_class, self.size, self.seed = num_classes, per_class, size, seed
         self.margin = size // 16
         canvas = size + 2 * self.margin
-        self._patterns = smooth_patterns(PATTERNS, 3, canvas, seed)
-        self._lights = smooth_patterns(LIGHTS, 1, canvas, seed + 1)
+        self._patterns = smooth_patterns(PATTERNS, 3, canvas, stream(Use.FACE_PATTERNS, seed))
+        self._lights = smooth_patterns(LIGHTS, 1, canvas, stream(Use.FACE_LIGHTS, seed))
 
     def __len__(self) -> int:
         return self.num_classes * self.per_class
@@ -71,11 +71,11 @@ class SyntheticIdentities:
 
     def code(self, identity: int) -> np.ndarray:
         """Code float64 [K] of one identity."""
-        return self._random(identity, 0).standard_normal(PATTERNS)
+        return stream(Use.FACE_CODE, self.seed, identity).standard_normal(PATTERNS)
 
     def image(self, identity: int, image: int) -> np.ndarray:
         """One image uint8 [S, S, 3] of one identity."""
-        random = self._random(identity, image + 1)
+        random = stream(Use.FACE_IMAGE, self.seed, identity, image)
         canvas = self.size + 2 * self.margin
         face = (self.code(identity) / np.sqrt(PATTERNS)).astype(np.float32) @ self._patterns
         light = (random.standard_normal(LIGHTS) / np.sqrt(LIGHTS)).astype(np.float32) @ self._lights
@@ -86,6 +86,3 @@ class SyntheticIdentities:
         picture += 0.15 * random.standard_normal(picture.shape, dtype=np.float32)
         pixels: np.ndarray = (127.5 + 127.5 * np.tanh(picture)).astype(np.uint8)
         return pixels.transpose(1, 2, 0)
-
-    def _random(self, identity: int, stream: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=[self.seed, identity], counter=[0, 0, 0, stream]))

@@ -14,7 +14,7 @@ from torch import Tensor
 from .counter import counter_gumbel, counter_key, counter_normal, counter_uniform
 
 NoiseKind = Literal["gaussian", "gumbel", "jitter"]
-_STREAM = 1  # sets noise apart from random scores of the same seed
+_STREAM = 1  # four counters set noise apart from random scores of the same seed, which have three
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Noise:
         """
         num_tokens, num_experts = logits.shape
         ids = torch.arange(num_tokens, device=logits.device) if token_ids is None else token_ids
-        key = counter_key(self.seed, step, _STREAM)
+        key = counter_key(self.seed, step, 0, _STREAM)
         if self.kind == "gaussian":
             drawn = counter_normal(key, ids, 0, num_experts).to(logits.dtype)
             return logits + drawn * self.std(num_experts)

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bigvision.gating import counter_key
 from bigvision.jobs.faces import checkpoint
 from bigvision.jobs.faces.agreement import FaceJobError, World, world_of_torchrun
 from bigvision.jobs.faces.centres import open_centres
@@ -224,9 +225,8 @@ def _step(run: Run, iterator: Any, step: int) -> tuple[Stepped, float]:
     run.training.head.lr = lr
     for group in run.training.optimizer.param_groups:
         group["lr"] = lr
-    seed = (run.options.seed * 1_000_003 + step) * 4096 + run.world.rank
     try:
-        return run.stepper(iterator, seed % 2**63), lr
+        return run.stepper(iterator, counter_key(run.options.seed, step, run.world.rank)), lr
     except (DivergedError, ValueError) as error:
         where = f"step {step + 1}, rank {run.world.rank}, learning rate {lr:g}"
         if isinstance(error, FaceJobError):

@@ -69,6 +69,7 @@ def test_options_come_from_a_command_line() -> None:
         ({"batch_norm": "some"}, "batch_norm 'some'"),
         ({"memory": "much"}, "'much' is not a size"),
         ({"seed": -1}, "out of range: seed = -1"),
+        ({"seed": 2**63}, "out of range: seed = 9223372036854775808"),
     ],
 )
 def test_options_that_cannot_be_are_refused(changed: dict[str, object], message: str) -> None:
@@ -221,6 +222,19 @@ def test_a_part_meets_the_same_dropout_twice() -> None:
     assert len(masks) == 4
     assert all(torch.equal(masks[i], masks[i + 2]) for i in range(2))
     assert not torch.equal(masks[0], masks[1][: len(masks[0])])
+
+
+def test_parts_of_neighbouring_seeds_meet_other_dropout() -> None:
+    masks: list[bytes] = []
+
+    class Watching(Tiny):
+        def forward(self, x: Tensor) -> Tensor:
+            masks.append((self.dropout(torch.ones_like(x)[:3]) > 0).numpy().tobytes())
+            return super().forward(x)
+
+    for seed in (11, 12):
+        stepper(Watching(), accumulate=2)(batches(8), seed)
+    assert len(masks) == 8 and len(set(masks)) == 4
 
 
 def test_the_loss_scaler_does_not_reach_the_head() -> None:

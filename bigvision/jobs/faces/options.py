@@ -89,6 +89,7 @@ class TrainOptions:
             for name in ("workers", "save_every", "clip", "warmup", "weight_decay", "seed")
             if (value := getattr(self, name)) < 0
         ]
+        wrong += [f"seed = {self.seed}"] * (self.seed >= 2**63)
         if wrong:
             raise ValueError(f"out of range: {', '.join(wrong)}")
         _choose("dtype", self.dtype, DTYPES)

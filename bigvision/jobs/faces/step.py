@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from bigvision.gating import counter_key
 from bigvision.jobs.faces.agreement import World
 from datasets.face_batches import Batch, normalized
 
@@ -82,9 +83,9 @@ class Stepper:
 
     def _features(self, images: list[Tensor], seed: int) -> list[Tensor]:
         if len(images) == 1:
-            return [self._forward(images[0], seed)]
+            return [self._forward(images[0], counter_key(seed, 0))]
         with torch.no_grad(), still_statistics(self.backbone):
-            return [self._forward(part, seed + number) for number, part in enumerate(images)]
+            return [self._forward(part, counter_key(seed, number)) for number, part in enumerate(images)]
 
     def _forward(self, pixels: Tensor, seed: int) -> Tensor:
         torch.manual_seed(seed)
@@ -98,7 +99,7 @@ class Stepper:
         for number, (part, wanted) in enumerate(zip(images, gradients, strict=True)):
             last = number == len(images) - 1
             with nullcontext() if last else self._no_sync():
-                y = outputs[0] if len(images) == 1 else self._forward(part, seed + number)
+                y = outputs[0] if len(images) == 1 else self._forward(part, counter_key(seed, number))
                 y.backward(self.scaler.scale(wanted).to(y.dtype))
 
     def _no_sync(self) -> AbstractContextManager[None]:

@@ -67,7 +67,7 @@ class TrainOptions:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)!r} is none of {', '.join(known)}")
-        for name, least in (("epochs", 1), ("crop", 0), ("batch", 1), ("warmup", 0)):
+        for name, least in (("epochs", 1), ("crop", 0), ("batch", 1), ("warmup", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(
                     f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}"
@@ -87,6 +87,8 @@ class TrainOptions:
             raise ValueError(f"--class-weights {self.class_weights!r} is neither numbers nor balanced")
         if self.tensorboard and find_spec("tensorboard") is None:
             raise ValueError("--tensorboard needs the package tensorboard, which is not installed")
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed must be below 2**63, got {self.seed}")
         parse_bytes(self.memory)
         parse_bytes(self.scratch_limit)
         parse_terms(self.loss)

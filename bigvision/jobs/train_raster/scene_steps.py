@@ -21,6 +21,7 @@ from bigvision.streaming.checkpoints import BudgetError
 from bigvision.streaming.losses import Loss
 from bigvision.streaming.model import StreamedModel
 from datasets.pairs import LabelledScene
+from datasets.streams import Use, stream
 
 
 class ImageRows:
@@ -95,8 +96,7 @@ class SceneSteps:
     def _scene(self, step: int) -> LabelledScene | None:
         """The scene of this rank; None where an epoch's last step has fewer scenes than ranks."""
         epoch, place = divmod(step, self.per_epoch)
-        key = np.array([self.options.seed, epoch], np.uint64)
-        order = np.random.Generator(np.random.Philox(key=key)).permutation(len(self.scenes))
+        order = stream(Use.SCENE_ORDER, self.options.seed, epoch).permutation(len(self.scenes))
         index = place * self.ranks.world + self.ranks.rank
         if self.options.steps_per_epoch is not None:
             index %= len(order)

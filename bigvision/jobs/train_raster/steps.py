@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from bigvision.gating import counter_key
 from bigvision.jobs.train_raster.options import TrainOptions
 from bigvision.jobs.train_raster.parallel import Ranks
 from bigvision.streaming.losses import Loss
@@ -76,7 +77,7 @@ class CropSteps:
         image = torch.from_numpy(pixels).to(device).to(memory_format=torch.channels_last)
         target = torch.from_numpy(truth.astype(np.int64)).to(device)
         model.train()
-        torch.manual_seed(hash((options.seed, step, self.ranks.rank)) & 0x7FFFFFFF)
+        torch.manual_seed(counter_key(options.seed, step, self.ranks.rank))
         value = self.value(model, image, target)
         model.zero_grad(set_to_none=True)
         value.backward()
