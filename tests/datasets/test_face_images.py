@@ -110,9 +110,15 @@ def test_alpha_is_dropped(format: str) -> None:
 
 PLAIN = ("BMP", "GIF", "WEBP", "AVIF")
 WRITABLE = {
-    **{"1": PLAIN, "L": PLAIN, "P": PLAIN, "RGB": (*PLAIN, "JPEG", "JPEG2000"), "RGBA": PLAIN},
-    **{"CMYK": ("TIFF", "JPEG", "JPEG2000"), "YCbCr": ("TIFF", "JPEG", "JPEG2000")},
-    **{"LA": ("PNG", "TIFF", "WEBP"), "PA": ("TIFF", "WEBP", "AVIF")},
+    "1": PLAIN,
+    "L": PLAIN,
+    "P": PLAIN,
+    "RGB": (*PLAIN, "JPEG", "JPEG2000"),
+    "RGBA": PLAIN,
+    "CMYK": ("TIFF", "JPEG", "JPEG2000"),
+    "YCbCr": ("TIFF", "JPEG", "JPEG2000"),
+    "LA": ("PNG", "TIFF", "WEBP"),
+    "PA": ("TIFF", "WEBP", "AVIF"),
 }
 
 
