@@ -90,7 +90,7 @@ def connect(address: str, timeout: float = 10.0) -> Client:
         if not address.startswith("inproc://"):
             get_address_host_port(address)  # before a client that could never connect lingers for 20 s
         return Client(address, timeout=timeout, set_as_default=False)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, TimeoutError) as error:
+    except (OSError, ValueError, TypeError, TimeoutError) as error:  # TypeError: tls:// without keys
         raise RasterError(f"{address}: no dask scheduler answers there: {error}") from error
 
 

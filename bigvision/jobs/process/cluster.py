@@ -9,7 +9,7 @@ from bigvision.jobs.process.options import Options
 from tiling.mapping import connect
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, LocalCluster
 
 _AT_ONCE = 2  # units under way in one worker: one computes while the other reads or writes
 
@@ -25,22 +25,38 @@ def open_client(options: Options) -> "Iterator[Client | None]":
         with connect(options.scheduler) as client:
             yield client
     elif options.workers is not None:
-        from distributed import Client, LocalCluster
+        from distributed import Client
 
-        with (
-            LocalCluster(
-                n_workers=options.workers,
-                threads_per_worker=_AT_ONCE,
-                processes=True,
-                dashboard_address=None,
-                memory_limit=None,
-                silence_logs=50,
-            ) as cluster,
-            Client(cluster, set_as_default=False) as client,
-        ):
+        with _local_cluster(options.workers) as cluster, Client(cluster, set_as_default=False) as client:
             yield client
     else:
         yield None
+
+
+def _local_cluster(workers: int) -> "LocalCluster":
+    """Processes that nobody but this job can talk to: what a worker is told to run, it runs.
+
+    Every connection needs a key that this call makes up and keeps in memory (TLS both ways), and no page on
+    the cluster's state is served.
+    """
+    import dask
+    from distributed import LocalCluster
+
+    unserved = {f"distributed.{who}.http.routes": [] for who in ("scheduler", "worker", "nanny")}
+    with dask.config.set(unserved):
+        cluster = LocalCluster(
+            n_workers=workers,
+            threads_per_worker=_AT_ONCE,
+            processes=True,
+            security=True,
+            dashboard_address=None,
+            # Its server begins to listen all the same, on port 8787 where nothing else is said.
+            scheduler_kwargs={"dashboard_address": "127.0.0.1:0", "dashboard": False},
+            memory_limit=None,
+            silence_logs=50,
+        )
+    cluster.scheduler.http_server.stop()
+    return cluster
 
 
 def threads_each(options: Options) -> int | None:

@@ -1,11 +1,11 @@
 """What the user asked of `bigvision process`, checked before any work starts."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import dask.utils
+import numpy as np
 
 _CHOICES = {
     "output": ("classes", "probabilities", "logits"),
@@ -58,6 +58,10 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
+        for name in ("scale", "mean", "std", "resolution", "tolerance"):
+            given = getattr(self, name)
+            if given is not None and not np.isfinite(given).all():
+                raise ValueError(f"--{name} takes finite numbers, got {given}")
         if self.scale == 0 or (self.std is not None and 0 in self.std):
             raise ValueError(f"--scale and --std divide and can't be 0, got {self.scale} and {self.std}")
         for name in ("threshold", "min_agreement"):
@@ -65,7 +69,7 @@ class Options:
                 raise ValueError(f"--{name.replace('_', '-')} is between 0 and 1, got {getattr(self, name)}")
         if self.resolution is not None and not self.resolution > 0:
             raise ValueError(f"--resolution must be positive, got {self.resolution}")
-        if not 0 <= self.tolerance < math.inf:
+        if self.tolerance < 0:
             raise ValueError(f"--tolerance is a difference of at least 0, got {self.tolerance}")
         if self.previous is None and (self.tolerance or self.resample_previous):
             flag = "--tolerance" if self.tolerance else "--resample-previous"
@@ -95,7 +99,7 @@ def parse_bytes(text: str, flag: str = "memory", least: int = 1) -> int:
     """`4GiB`, `500 MB` or `1e9` in bytes; ValueError, naming the flag, where it is none or too small."""
     try:
         size = dask.utils.parse_bytes(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"--{flag} {text!r} is not a size such as 4GiB or 500MB") from None
     if size < least:
         raise ValueError(f"--{flag} must be {'positive' if least else 'at least 0'}, got {text!r}")

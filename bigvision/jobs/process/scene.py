@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rasterio.windows import Window
 
+from bigvision.jobs.process.normalising import normalised
 from bigvision.jobs.process.options import Options
 from tiling import Raster, open_raster
 
@@ -36,10 +37,7 @@ class Scene:
     def read(self, window: Window) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Normalised pixels float32 [C, h, w] and where the window has data, bool [h, w]."""
         values, missing = self.values(window)
-        factor, offset = self._affine()
-        normal = values.astype(np.float32)
-        normal *= factor
-        normal += offset
+        normal = normalised(values, self.scale, self.mean, self.std)
         if missing.any():
             normal[missing] = 0
         return normal, np.logical_not(missing.all(axis=0))
@@ -54,12 +52,6 @@ class Scene:
             missing = missing | broken.any(axis=0)
             values = np.where(missing, 0, values)
         return values, missing
-
-    def _affine(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """x * factor + offset is the normalisation, [C, 1, 1] each."""
-        std, mean = np.asarray(self.std), np.asarray(self.mean)
-        factor, offset = 1 / (self.scale * std), -mean / std
-        return factor.astype(np.float32)[:, None, None], offset.astype(np.float32)[:, None, None]
 
 
 def open_scene(paths: Sequence[str], options: Options) -> Scene:
