@@ -85,12 +85,17 @@ def connect(address: str, timeout: float = 10.0) -> Client:
     """A client of a scheduler; RasterError where none answers at the address within `timeout` seconds."""
     from distributed import Client
     from distributed.comm import get_address_host_port
+    from distributed.security import Security
 
     try:
         if not address.startswith("inproc://"):
-            get_address_host_port(address)  # before a client that could never connect lingers for 20 s
+            # Before a client that could never connect lingers for 20 s.
+            get_address_host_port(address)
+            keys: Any = Security
+            if address.startswith("tls://") and not keys().get_connection_args("client")["ssl_context"]:
+                raise ValueError("dask's configuration names no keys for tls (distributed.comm.tls)")
         return Client(address, timeout=timeout, set_as_default=False)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, TypeError, TimeoutError) as error:  # TypeError: tls:// without keys
+    except (OSError, ValueError, TimeoutError) as error:
         raise RasterError(f"{address}: no dask scheduler answers there: {error}") from error
 
 

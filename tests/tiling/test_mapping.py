@@ -181,7 +181,7 @@ def test_a_scheduler_that_does_not_answer_is_named() -> None:
     assert time.monotonic() - begin < 30
 
 
-@pytest.mark.parametrize("address", ["nonsense", "ftp://x:1", "tcp://localhost"])
+@pytest.mark.parametrize("address", ["nonsense", "ftp://x:1", "tcp://localhost", "tls://127.0.0.1:9"])
 def test_an_address_that_is_none_is_named_before_a_client_is_made(
     monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:

@@ -42,7 +42,9 @@ def _local_cluster(workers: int) -> "LocalCluster":
     import dask
     from distributed import LocalCluster
 
-    unserved = {f"distributed.{who}.http.routes": [] for who in ("scheduler", "worker", "nanny")}
+    unserved: dict[str, list[str]] = {
+        f"distributed.{who}.http.routes": [] for who in ("scheduler", "worker", "nanny")
+    }
     with dask.config.set(unserved):
         cluster = LocalCluster(
             n_workers=workers,
@@ -55,6 +57,7 @@ def _local_cluster(workers: int) -> "LocalCluster":
             memory_limit=None,
             silence_logs=50,
         )
+    assert cluster.scheduler is not None
     cluster.scheduler.http_server.stop()
     return cluster
 
