@@ -4,7 +4,6 @@ A unit is marked only after its pixels are stored, so that a job killed at any m
 units it was working on. The folder stands beside the result and is removed when the result is complete.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tiling.lock import locked
 from tiling.publish import publish, staging_name
 
 
@@ -82,9 +82,5 @@ def open_ledger(target: Path) -> Iterator[Ledger]:
     """The ledger of the result `target`, held by this process alone; ValueError while another holds it."""
     folder = target.with_name(f".{target.name}.run")
     folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{target}: another process is making this result") from None
+    with locked(folder / "lock", f"{target}: another process is making this result"):
         yield Ledger(folder)
