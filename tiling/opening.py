@@ -10,6 +10,7 @@ from affine import Affine
 from rasterio.enums import ColorInterp, Resampling
 
 from tiling.area import Geometry, find_area
+from tiling.behind import SIDECARS, check_file
 from tiling.errors import RasterError
 from tiling.gdal_source import GdalSource, Part, Target, open_dataset
 from tiling.integrity import check_ends
@@ -118,6 +119,8 @@ def _address(path: Address) -> str:
     if "://" in text or text.startswith("/vsi"):
         return text
     file = Path(text)
+    for sidecar in SIDECARS:
+        check_file(Path(text + sidecar))
     if file.is_file() and file.stat().st_size == 0:
         raise RasterError(f"{text}: an empty file (0 bytes)")
     return text

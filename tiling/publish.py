@@ -35,23 +35,48 @@ def check_free(path: Path, overwrite: bool) -> None:
         raise RasterError(f"{path}: the folder {path.parent} doesn't exist")
     if not os.access(path.parent, os.W_OK):
         raise RasterError(f"{path}: the folder {path.parent} can't be written to")
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise RasterError(f"{path}: exists already; give overwrite=True to replace it")
 
 
-def publish(staging: Path, path: Path) -> None:
-    """Flush `staging` to the disk and move it to `path`, replacing what is there."""
+def publish(staging: Path, path: Path, *, replace: bool = True) -> None:
+    """Flush `staging` to the disk and move it to `path`, replacing what is there.
+
+    replace: False leaves what appeared there since it was looked for, with a RasterError; `staging` stays.
+    """
     for part in [staging, *staging.rglob("*")]:
-        _flush(part)
+        flush(part)
+    if not replace:
+        _move_beside(staging, path)
+        flush(path.parent)
+        return
     old = None
     if path.is_dir() and not path.is_symlink():
         # A folder can't replace a full folder in one step: the old one makes room first.
         old = staging_name(path)
         path.replace(old)
     staging.replace(path)
-    _flush(path.parent)
+    flush(path.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _move_beside(staging: Path, path: Path) -> None:
+    """Give `staging` a name that nothing has."""
+    taken = RasterError(f"{path}: appeared while it was being made, and stays; move it away and try again")
+    if not staging.is_dir():
+        try:
+            os.link(staging, path, follow_symlinks=False)
+        except FileExistsError:
+            raise taken from None
+        except OSError:
+            pass  # a file system without hard links
+        else:
+            staging.unlink()
+            return
+    if os.path.lexists(path):
+        raise taken
+    staging.rename(path)
 
 
 def discard(staging: Path) -> None:
@@ -62,7 +87,8 @@ def discard(staging: Path) -> None:
         staging.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """What was written to a file, or which files a folder has, is on the disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

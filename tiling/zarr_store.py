@@ -132,7 +132,7 @@ class ZarrWriter:
                     node.attrs.update(described)
             if pyramid is not None:
                 build_pyramid(self.staging, method=pyramid, progress=progress)
-            publish(self.staging, self.path)
+            publish(self.staging, self.path, replace=self.overwrite)
         return Raster(ZarrSource(str(self.path)))
 
     def discard(self) -> None:
