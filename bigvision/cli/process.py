@@ -76,7 +76,7 @@ def process(
         str,
         typer.Option(
             help="torchvision:NAME, package.module:factory or file.py:factory, each with ?key=value&..., "
-            "or a .pt2 of torch.export."
+            "or a .pt2 of torch.export; #name behind it says which of several outputs counts."
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the results go, by the scenes' names.")],

@@ -17,7 +17,8 @@ def train(
     model: Annotated[
         str,
         typer.Option(
-            help="torchvision:NAME, package.module:factory or file.py:factory, each with ?key=value."
+            help="torchvision:NAME, package.module:factory or file.py:factory, each with ?key=value; "
+            "#name behind it says which of several outputs counts."
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="RUN", help="Folder of the run; made, or continued.")],

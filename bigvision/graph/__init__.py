@@ -10,6 +10,7 @@ from bigvision.graph.flow import flows
 from bigvision.graph.fold import fold_batch_norm
 from bigvision.graph.geometry import Geometry, geometry, padded_size, trace_padded
 from bigvision.graph.layout import Flow, Layout, UnsupportedOperatorError
+from bigvision.graph.outputs import OutputError, main_output
 from bigvision.graph.trace import TracedGraph, UntraceableError, trace
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Geometry",
     "Layout",
     "OperatorCost",
+    "OutputError",
     "TracedGraph",
     "UnsupportedOperatorError",
     "UntraceableError",
@@ -25,6 +27,7 @@ __all__ = [
     "flows",
     "fold_batch_norm",
     "geometry",
+    "main_output",
     "padded_size",
     "trace",
     "trace_padded",

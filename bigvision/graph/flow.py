@@ -21,15 +21,17 @@ from bigvision.graph.trace import TracedGraph, operator_name, result_shape
 
 
 def flows(traced: TracedGraph) -> dict[fx.Node, Flow]:
-    """The flow of every node of the graph.
+    """The flow of the image and of every node that the network's output depends on, in execution order.
 
     Raises:
         UnsupportedOperatorError: an operator that mixes rows in a way no rule covers, such as attention over
             pixels.
+        OutputError: several outputs may be meant.
     """
     found: dict[fx.Node, Flow] = {}
+    needed = {traced.image} | _ancestors(traced.output)
     for node in traced.graph.nodes:
-        if node.op == "output":
+        if node not in needed:
             continue
         found[node] = Flow(Layout()) if node is traced.image else _flow(node, found)
     return found
@@ -38,6 +40,16 @@ def flows(traced: TracedGraph) -> dict[fx.Node, Flow]:
 def streaming_inputs(node: fx.Node, known: dict[fx.Node, Flow]) -> list[fx.Node]:
     """The inputs that stream, each once."""
     return [source for source in node.all_input_nodes if known[source].layout is not None]
+
+
+def _ancestors(output: fx.Node) -> set[fx.Node]:
+    found, waiting = {output}, [output]
+    while waiting:
+        for source in waiting.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                waiting.append(source)
+    return found
 
 
 def _flow(node: fx.Node, known: dict[fx.Node, Flow]) -> Flow:

@@ -7,6 +7,7 @@ and gradients of the folded weights reach convolution and norm alike.
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -39,7 +40,9 @@ def fold_batch_norm(traced: TracedGraph) -> TracedGraph:
     graph.output(outputs)
     tensors = {copies[node]: tensor for node, tensor in traced.tensors.items()}
     names = {copies[node]: name for node, name in traced.names.items()}
-    return TracedGraph(graph, copies[traced.image], outputs, traced.rebuild, tensors, names, traced.shape)
+    return replace(
+        traced, graph=graph, image=copies[traced.image], outputs=outputs, tensors=tensors, names=names
+    )
 
 
 def folded_weight(weight: Tensor, gamma: Tensor | None, variance: Tensor, eps: float) -> Tensor:

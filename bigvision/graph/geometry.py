@@ -53,20 +53,25 @@ def padded_size(height: int, width: int, stride: int) -> tuple[int, int]:
     return -(-height // stride) * stride, -(-width // stride) * stride
 
 
-def trace_padded(model: nn.Module, shape: tuple[int, int, int]) -> tuple[TracedGraph, int]:
-    """The graph of the whole image (C, H, W) as it is padded, and the total stride that it is padded to."""
+def trace_padded(
+    model: nn.Module, shape: tuple[int, int, int], output: str | int | None = None
+) -> tuple[TracedGraph, int]:
+    """The graph of the whole image (C, H, W) as it is padded, and the total stride that it is padded to.
+
+    `output` names the one that counts, where the model returns several.
+    """
     channels, height, width = shape
     if min(shape) < 1:
         raise ValueError(f"an image's shape is (channels, rows, columns), all positive, not {tuple(shape)}")
     likely = (channels, *padded_size(height, width, _guessed_stride(model, channels)))
     with contextlib.suppress(ValueError):  # it may refuse that size, or be refused at the right one
-        traced = trace(model, likely)
+        traced = trace(model, likely, output)
         stride = total_stride(traced, flows(traced))
         if (channels, *padded_size(height, width, stride)) == likely:
             return traced, stride
-    nominal = trace(model, (channels, NOMINAL_SIZE, NOMINAL_SIZE))
+    nominal = trace(model, (channels, NOMINAL_SIZE, NOMINAL_SIZE), output)
     stride = total_stride(nominal, flows(nominal))
-    return trace(model, (channels, *padded_size(height, width, stride))), stride
+    return trace(model, (channels, *padded_size(height, width, stride)), output), stride
 
 
 def _guessed_stride(model: nn.Module, channels: int) -> int:
@@ -162,18 +167,13 @@ def _reach(traced: TracedGraph, known: dict[fx.Node, Flow], axis: str, position:
     start = (0, blocks // 2, blocks - 1)[position] * stride
     stop = min(start + stride, size)
     needed: dict[fx.Node, tuple[int, int]] = {}
-    for output in traced.outputs:
-        layout = known[output].layout
-        at = None if layout is None else getattr(layout, axis)
-        if at is None:
-            continue
-        length = result_shape(output)[at]
-        _widen(
-            needed,
-            output,
-            (start * length // size, max(-(-stop * length // size), start * length // size + 1)),
-        )
-    for node in reversed(list(traced.graph.nodes)):
+    layout = known[traced.output].layout
+    at = None if layout is None else getattr(layout, axis)
+    if at is not None:
+        length = result_shape(traced.output)[at]
+        first = start * length // size
+        _widen(needed, traced.output, (first, max(-(-stop * length // size), first + 1)))
+    for node in reversed(list(known)):
         if node not in needed or node is traced.image:
             continue
         own = getattr(known[node], axis)
@@ -195,4 +195,4 @@ def _widen(needed: dict[fx.Node, tuple[int, int]], node: fx.Node, span: tuple[in
 
 def _output_scale(traced: TracedGraph, known: dict[fx.Node, Flow]) -> Fraction:
     rows = _scales(known, "rows")
-    return rows.get(traced.outputs[0], Fraction(0))
+    return rows.get(traced.output, Fraction(0))

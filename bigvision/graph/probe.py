@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bigvision.graph.outputs import main_output
+
 _NARROW = 64  # columns of a probe image: enough for the usual strides, cheap to run
 _LONGEST = 4096  # rows of the longest probe image
 _STRIDES = tuple(2**k for k in range(8))
@@ -48,8 +50,7 @@ class _Axis:
         self.model, self.channels, self.transposed = model, channels, transposed
 
     def __call__(self, image: Tensor) -> Tensor:
-        output = self.model(image.mT.contiguous() if self.transposed else image)
-        output = output["out"] if isinstance(output, dict) else output
+        output = main_output(self.model(image.mT.contiguous() if self.transposed else image))
         output = output.mT if self.transposed else output
         if output.shape[-2:] != image.shape[-2:]:
             raise ValueError(

@@ -13,12 +13,17 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+
+from bigvision.graph.outputs import OutputError, main_output, tensors_alone
+
+_INSIDE = "network."  # what a `_Called` network's own names begin with
 
 
 class UntraceableError(ValueError):
@@ -33,10 +38,12 @@ class TracedGraph:
         graph: ATen operators in execution order; `node.meta["val"]` carries each result's shape and dtype.
         image: the placeholder of the image, [1, C, H, W].
         outputs: the nodes that the network returns.
-        rebuild: puts as many values as there are outputs into the network's own return structure.
+        rebuild: puts as many values as there are outputs into the nest that the network returns, as plain
+            dicts and lists of tensors.
         tensors: the live parameter, buffer or constant behind every other placeholder.
         names: the same placeholders' qualified names in the network (``encoder.conv1.weight``).
         shape: (C, H, W).
+        named: which output counts, where the caller named one.
     """
 
     graph: fx.Graph
@@ -46,6 +53,12 @@ class TracedGraph:
     tensors: dict[fx.Node, Tensor]
     names: dict[fx.Node, str]
     shape: tuple[int, int, int]
+    named: str | int | None = None
+
+    @cached_property
+    def output(self) -> fx.Node:
+        """The output that counts; OutputError where several may be meant (see `main_output`)."""
+        return main_output(self.rebuild(list(self.outputs)), self.named)
 
     def operators(self) -> Iterator[fx.Node]:
         """The computing nodes, in execution order."""
@@ -58,10 +71,11 @@ class TracedGraph:
                 yield self.names[node], tensor
 
 
-def trace(model: nn.Module, shape: tuple[int, int, int]) -> TracedGraph:
+def trace(model: nn.Module, shape: tuple[int, int, int], output: str | int | None = None) -> TracedGraph:
     """Trace `model` on one image of `shape` (C, H, W), in the mode (eval or train) that the model is in.
 
-    The graph's tensors are the model's own: training the one trains the other.
+    The graph's tensors are the model's own: training the one trains the other. `output` names the one that
+    counts, where the model returns several.
 
     Raises:
         ValueError: the shape isn't three positive numbers, or the model refuses an image of it.
@@ -69,18 +83,20 @@ def trace(model: nn.Module, shape: tuple[int, int, int]) -> TracedGraph:
     """
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"an image's shape is (channels, rows, columns), all positive, not {tuple(shape)}")
-    program = _export(model, shape)
+    called = _Called(model)
+    program = _export(called, shape, type(model).__name__)
     signature = program.graph_signature
     lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     lifted |= signature.inputs_to_lifted_tensor_constants
-    live: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    live |= dict(model.named_buffers(remove_duplicate=False))
+    live: dict[str, Tensor] = dict(called.named_parameters(remove_duplicate=False))
+    live |= dict(called.named_buffers(remove_duplicate=False))
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     names = {node: lifted[node.name] for node in placeholders if node.name in lifted}
     tensors = {node: live[name] if name in live else program.constants[name] for node, name in names.items()}
     (image,) = (node for node in placeholders if node.name in signature.user_inputs)
     outputs, rebuild = _outputs(program)
-    return TracedGraph(program.graph, image, outputs, rebuild, tensors, names, shape)
+    names = {node: name.removeprefix(_INSIDE) for node, name in names.items()}
+    return TracedGraph(program.graph, image, outputs, rebuild, tensors, names, shape, output)
 
 
 def result_shape(node: fx.Node) -> tuple[int, ...]:
@@ -92,7 +108,7 @@ def result_shape(node: fx.Node) -> tuple[int, ...]:
 def module_path(node: fx.Node) -> str:
     """Where in the network the operator stands (``encoder.layer1.0``), "" at the top."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
-    return stack[-1][0] if stack else ""
+    return f"{stack[-1][0]}.".removeprefix(_INSIDE).removesuffix(".") if stack else ""
 
 
 def describe(node: fx.Node) -> str:
@@ -109,7 +125,19 @@ def operator_name(node: fx.Node) -> str:
     return getattr(target, "__name__", str(target))
 
 
-def _export(model: nn.Module, shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
+class _Called(nn.Module):
+    """A network whose every return value is plain: any class can hold its tensors."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.training = network.training
+
+    def forward(self, image: Tensor) -> Any:
+        return tensors_alone(self.network(image))
+
+
+def _export(model: _Called, shape: tuple[int, int, int], name: str) -> torch.export.ExportedProgram:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -120,13 +148,15 @@ def _export(model: nn.Module, shape: tuple[int, int, int]) -> torch.export.Expor
             # An empty table of decompositions leaves composite operators (linear, group_norm) whole.
             program = torch.export.export(model, (image,), strict=False).run_decompositions({})
             return _without_assertions(program)
+        except OutputError:
+            raise
         except torch._dynamo.exc.UserError as error:
-            raise UntraceableError(_first_sentence(error, model, shape)) from error
+            raise UntraceableError(_first_sentence(error, name, shape)) from error
         except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
             if "data-dependent" in str(error) or "Could not guard" in str(error):
-                raise UntraceableError(_first_sentence(error, model, shape)) from error
+                raise UntraceableError(_first_sentence(error, name, shape)) from error
             raise ValueError(
-                f"{type(model).__name__} does not run on an image of {tuple(shape)}: {_first_line(error)}"
+                f"{name} does not run on an image of {tuple(shape)}: {_first_line(error)}"
             ) from error
 
 
@@ -172,8 +202,8 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _first_sentence(error: Exception, model: nn.Module, shape: tuple[int, int, int]) -> str:
+def _first_sentence(error: Exception, name: str, shape: tuple[int, int, int]) -> str:
     return (
-        f"{type(model).__name__} can't be traced at {tuple(shape)}: {_first_line(error)} "
+        f"{name} can't be traced at {tuple(shape)}: {_first_line(error)} "
         "Make the branch independent of pixel values (torch.where, or a decision outside forward)."
     )

@@ -6,12 +6,14 @@
     path/model.pt2              a program saved by `torch.export.save`
 
 The first three take `?key=value&...`: values are Python literals where they read as such, else strings; an
-empty value is None, so that `encoder_weights=` asks for no download.
+empty value is None, so that `encoder_weights=` asks for no download. Any of them may end in `#name`, which
+says which of several outputs counts: `#logits`, `#0`, `#decoder.map`.
 """
 
 import ast
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,16 +27,21 @@ from urllib.parse import parse_qsl
 import torch
 from torch import nn
 
+from bigvision.graph.outputs import name_output
 from bigvision.models.weights import load_weights
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Where a model comes from: `source` (module or file), `factory` in it ("" for a .pt2), its arguments."""
+    """Where a model comes from: `source` (module or file), `factory` in it ("" for a .pt2), its arguments.
+
+    output: which of several outputs counts; None: as `main_output` has it.
+    """
 
     source: str
     factory: str
     arguments: tuple[tuple[str, Any], ...] = ()
+    output: str | None = None
 
     @property
     def is_program(self) -> bool:
@@ -49,11 +56,12 @@ class ModelSpec:
 
 def parse_spec(text: str) -> ModelSpec:
     """The parts of `source:factory?key=value&...`; ValueError where the text is none of the four forms."""
+    text, output = _output_of(text)
     head, _, query = text.partition("?")
     if head.endswith(".pt2"):
         if query:
             raise ValueError(f"model {text!r}: a .pt2 takes no arguments")
-        return ModelSpec(head, "")
+        return ModelSpec(head, "", output=output)
     source, colon, factory = head.rpartition(":")
     if not colon or not source or not factory.isidentifier():
         raise ValueError(
@@ -63,7 +71,14 @@ def parse_spec(text: str) -> ModelSpec:
     pairs = parse_qsl(query, keep_blank_values=True)
     if query and not all("=" in part for part in query.split("&")):
         raise ValueError(f"model {text!r}: arguments are written ?key=value&key=value")
-    return ModelSpec(source, factory, tuple((key, _value(value)) for key, value in pairs))
+    return ModelSpec(source, factory, tuple((key, _value(value)) for key, value in pairs), output)
+
+
+def _output_of(text: str) -> tuple[str, str | None]:
+    """(the model, the name behind its last #, if that is one and no part of a path or of an argument)."""
+    model, mark, name = text.rpartition("#")
+    named = mark and re.fullmatch(r"[\w.-]+", name) and not name.endswith(".pt2")
+    return (model, name) if named else (text, None)
 
 
 def load_model(text: str, weights: Path | None = None, *, trust: bool = False) -> nn.Module:
@@ -79,7 +94,7 @@ def load_model(text: str, weights: Path | None = None, *, trust: bool = False) -
         load_weights(model, weights)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return model
+    return model if spec.output is None else name_output(model, spec.output)
 
 
 def source_of(text: str) -> Path | None:

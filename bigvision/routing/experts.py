@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bigvision.graph import Geometry, TracedGraph, cost, geometry, trace, trace_padded
+from bigvision.graph import Geometry, TracedGraph, cost, geometry, main_output, trace, trace_padded
 from bigvision.graph.geometry import NOMINAL_SIZE
 from bigvision.graph.trace import result_shape
 from bigvision.routing.boxes import Box
@@ -166,7 +166,7 @@ class CroppedProgram:
     def run(self, x: Tensor, alike: Any) -> Tensor:
         """The windows of one batch."""
         inner = alike[0]
-        return first_output(self.module(x))[..., inner.top : inner.bottom, inner.left : inner.right]
+        return main_output(self.module(x))[..., inner.top : inner.bottom, inner.left : inner.right]
 
 
 class SkipProgram:
@@ -218,7 +218,7 @@ class RegionExpert:
         with evaluating(module):
             self._traced, known = _measured(name, module, channels, size)
         _, height, width = self._traced.shape
-        self.out_channels = result_shape(self._traced.outputs[0])[1]
+        self.out_channels = result_shape(self._traced.output)[1]
         self.flops_per_pixel = cost(self._traced).flops / (height * width)
         self.shape = Shape(known.stride, known.halo, self.out_channels, known.output_scale)
 
@@ -280,7 +280,7 @@ def _measured(
             break
     if known.inexact:
         raise ValueError(f"no halo fits expert {name!r}: {'; '.join(known.inexact)}")
-    out, scale = result_shape(traced.outputs[0]), known.output_scale
+    out, scale = result_shape(traced.output), known.output_scale
     if len(out) != 4 or scale == 0 or out[-2:] != (int(height / scale), int(width / scale)):
         raise ValueError(
             f"expert {name!r} turns {(1, *traced.shape)} into {out}, which is no map of the image"
@@ -318,13 +318,6 @@ def _depends_on_mode(module: nn.Module) -> bool:
     """Whether the module, as it stands, does what its eval graph doesn't."""
     kinds = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
     return any(part.training and isinstance(part, kinds) for part in module.modules())
-
-
-def first_output(output: Any) -> Tensor:
-    """The map of a network that may return a dict (torchvision's `out`) or a tuple."""
-    if isinstance(output, dict):
-        return next(iter(output.values()))
-    return output[0] if isinstance(output, tuple | list) else output
 
 
 @contextmanager

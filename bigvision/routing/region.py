@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bigvision.gating import Gate, budget_loss, dense_weights, link_gradients
+from bigvision.graph.outputs import main_output
 from bigvision.routing.decision import Decision, region_statistics
-from bigvision.routing.experts import RegionExpert, Skip, first_output
+from bigvision.routing.experts import RegionExpert, Skip
 from bigvision.routing.fitting import check_gate
 from bigvision.routing.gathering import computed_regions, weight_map, whole_maps
 from bigvision.routing.latency import region_seconds
@@ -232,7 +233,7 @@ class RegionRouter(nn.Module):
         regions = self._regions(x.shape[-2], x.shape[-1])
         total: Tensor | None = None
         for e, one in enumerate(self.known):
-            y = first_output(one.module(x))
+            y = main_output(one.module(x))
             part = y * weight_map(weights[..., e], whole_maps(weights), regions, y).to(y.dtype)
             total = part if total is None else total + part
         assert total is not None

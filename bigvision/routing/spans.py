@@ -71,9 +71,8 @@ class Windows:
     def __init__(self, traced: TracedGraph) -> None:
         self.traced = traced
         self.known = flows(traced)
-        self.output = traced.outputs[0]
-        needed = _ancestors(self.output)
-        self.order = [n for n in traced.operators() if n in needed]
+        self.output = traced.output
+        self.order = [n for n in traced.operators() if n in self.known]
         self.streaming = [n for n in self.order if self.known[n].layout is not None]
         self.inputs = {node: streaming_inputs(node, self.known) for node in self.streaming}
         for node in self.order:
@@ -139,16 +138,6 @@ class Windows:
         if factor > 1:
             return Cut(reads, 0, 0, a - start * factor, b - a)
         return Cut(reads, before, after, 0, b - a)
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found, ahead = {node}, [node]
-    while ahead:
-        for source in ahead.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                ahead.append(source)
-    return found
 
 
 def _transposed(

@@ -41,10 +41,13 @@ class StreamedModel:
         dtype: the precision to compute in; gradients arrive in the parameters' own.
         device: where to compute.
         compile: merge operators of the forward stream's steps (see `compiled`); needs a C++ compiler.
+        output: the output that counts, where the network returns several: a key, an attribute or a place,
+            with dots between levels; None: as `bigvision.graph.main_output` has it.
 
     Raises:
         UntraceableError, UnsupportedOperatorError: the network can't be streamed; the message says why.
         BudgetError: the memory can't hold the smallest step.
+        OutputError: several outputs may be meant, or none is the one named.
         NoCompilerError: `compile` without a C++ compiler.
     """
 
@@ -59,13 +62,14 @@ class StreamedModel:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         compile: bool = False,
+        output: str | int | None = None,
     ) -> None:
         self.shape = shape
         self.dtype, self.device = dtype, torch.device(device)
         limit = None if memory is None else parse_bytes(memory)
         spill = None if scratch is None else Scratch(Path(scratch[0]), parse_bytes(scratch[1]))
         self.budget = Budget(rows, limit, spill)
-        traced, self.stride = trace_padded(model.eval(), shape)
+        traced, self.stride = trace_padded(model.eval(), shape, output)
         self.program = compile_program(fold_batch_norm(traced))
         self.inference = spilled(self.program, dtype, 0 if spill is None else spill.limit)
         if compile:

@@ -210,43 +210,26 @@ def compile_program(traced: TracedGraph) -> Program:
         UnsupportedOperatorError: an operator that no row rule covers, by name and module path.
     """
     known = flows(traced)
-    output = _main_output(traced)
-    needed = _ancestors(output)
+    output = traced.output
     statistics = {}
     for node, flow in known.items():
-        if flow.statistic and node in needed:
+        if flow.statistic:
             source = streaming_inputs(node, known)[0]
             statistics[node] = statistic_for(node, source, known[source].layout.rows)  # type: ignore[union-attr]
     levels, free = _levels(known, statistics)
     stages: dict[fx.Node, Stage] = {}
     for node, flow in known.items():
-        if node in needed and flow.layout is not None:
+        if flow.layout is not None and (node is not traced.image or _used(node, known, output)):
             stages[node] = _stage(node, flow, known, levels[node], free[node])
     if traced.image not in stages:
         raise ValueError("the network's output does not depend on the image")
-    held = tuple(n for n, f in known.items() if n in needed and f.layout is None and n.op == "call_function")
+    held = tuple(n for n, f in known.items() if f.layout is None and n.op == "call_function")
     held = tuple(node for node in held if node not in statistics)
     return Program(traced, stages, held, statistics, levels, output)
 
 
-def _main_output(traced: TracedGraph) -> fx.Node:
-    """The network's result: its only tensor, "out" of a dict, the first of a tuple."""
-    result = traced.rebuild(list(traced.outputs))
-    if isinstance(result, dict):
-        result = result.get("out", next(iter(result.values())))
-    while isinstance(result, list | tuple):
-        result = result[0]
-    return result
-
-
-def _ancestors(output: fx.Node) -> set[fx.Node]:
-    found, waiting = {output}, [output]
-    while waiting:
-        for source in waiting.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                waiting.append(source)
-    return found
+def _used(image: fx.Node, known: dict[fx.Node, Flow], output: fx.Node) -> bool:
+    return image is output or any(user in known for user in image.users)
 
 
 def _levels(

@@ -42,6 +42,14 @@ def test_arguments_are_python_literals_or_strings() -> None:
     assert values == {"a": 1.5, "b": True, "c": False, "d": (1, 2), "e": None, "f": "a&b"}
 
 
+def test_the_output_that_counts_stands_behind_a_hash() -> None:
+    assert parse_spec("m:f?a=1#logits") == ModelSpec("m", "f", (("a", 1),), "logits")
+    assert parse_spec("m:f#-1") == ModelSpec("m", "f", output="-1")
+    assert parse_spec("dir#2/x.pt2#decoder.0") == ModelSpec("dir#2/x.pt2", "", output="decoder.0")
+    for text in ("dir#2/nets.py:f", "net#2.pt2", "m:f?a=#f00/"):
+        assert parse_spec(text).output is None
+
+
 @pytest.mark.parametrize("text", ["", "resnet18", ":f", "m:", "m:f g", "m:f?a", "x.pt2?a=1"])
 def test_what_is_no_model_is_told(text: str) -> None:
     with pytest.raises(ValueError, match="model"):

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from bigvision.graph.outputs import main_output
+
 
 @torch.no_grad()  # parameters made in inference mode could not be used outside of it
 def fold_batch_norms(model: nn.Module, example: Tensor) -> int:
@@ -18,7 +20,7 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> int:
     pairs = _adjacent(model, example)
     if not pairs:
         return 0
-    before = _tensor(model(example))
+    before = main_output(model(example))
     names = {id(module): name for name, module in model.named_modules()}
     originals: dict[str, nn.Module] = {}
     for conv, norm in pairs:
@@ -27,7 +29,7 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> int:
         originals[names[id(norm)]] = norm
         model.set_submodule(names[id(conv)], fused)
         model.set_submodule(names[id(norm)], nn.Identity())
-    after = _tensor(model(example))
+    after = main_output(model(example))
     if (after - before).abs().max() <= 1e-4 * before.abs().max():
         return len(pairs)
     for name, module in originals.items():
@@ -64,7 +66,3 @@ def _adjacent(model: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, nn.Bat
             handle.remove()
     places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     return [(c, n) for c, n in pairs if calls[c] == calls[n] == places[c] == places[n] == 1]
-
-
-def _tensor(output: Tensor | dict[str, Tensor]) -> Tensor:
-    return output["out"] if isinstance(output, dict) else output

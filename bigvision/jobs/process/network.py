@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bigvision.graph.outputs import OutputError, main_output
 from bigvision.jobs.process.folding import fold_batch_norms
 from bigvision.jobs.process.options import Options
-from bigvision.models.spec import first_line, load_model
+from bigvision.models.spec import first_line, load_model, parse_spec
 from bigvision.streaming.compiled import require_compiler
 
 _TRIAL = 128  # rows and columns of the image that a network is tried on: the usual strides divide it
@@ -63,7 +64,7 @@ class Network:
     def __call__(self, image: Tensor) -> Tensor:
         """Logits [K, H, W] of an image float32 [C, H, W]; ValueError for an output of another size."""
         prepared = image[None].to(self.device, self.dtype, memory_format=torch.channels_last)
-        logits = _tensor(self.forward(prepared))
+        logits = main_output(self.forward(prepared))
         if logits.shape != (1, self.classes, *image.shape[1:]):
             raise ValueError(
                 f"the model turns {tuple(image.shape)} pixels into {tuple(logits.shape)}, "
@@ -78,7 +79,7 @@ def load_network(spec: NetworkSpec) -> Network:
     module = load_model(spec.model, spec.weights, trust=spec.trust)
     state, architecture = state_hash(module), hashlib.sha256(repr(module).encode()).hexdigest()
     classes = _try_out(module, spec.model, spec.channels)
-    if not spec.model.partition("?")[0].endswith(".pt2"):
+    if not parse_spec(spec.model).is_program:
         fold_batch_norms(module, _example(spec.channels))
     dtype = getattr(torch, spec.dtype)
     module.to(device=spec.device, dtype=dtype)
@@ -141,12 +142,13 @@ def _try_out(module: nn.Module, name: str, channels: int) -> int:
     finally:
         for hook in hooks:
             hook.remove()
-    if isinstance(output, dict):
-        output = output.get("out")
-    if not isinstance(output, Tensor) or output.ndim != 4 or output.shape[-2:] != (_TRIAL, _TRIAL):
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    try:
+        output = main_output(output)
+    except OutputError as error:
+        raise OutputError(f"model {name}: {error}") from error
+    if output.ndim != 4 or output.shape[-2:] != (_TRIAL, _TRIAL):
         raise ValueError(
-            f"model {name} turns 1 x {channels} x {_TRIAL} x {_TRIAL} into {got}: "
+            f"model {name} turns 1 x {channels} x {_TRIAL} x {_TRIAL} into {tuple(output.shape)}: "
             "an output of the image's height and width is needed"
         )
     return output.shape[1]
@@ -154,7 +156,3 @@ def _try_out(module: nn.Module, name: str, channels: int) -> int:
 
 def _example(channels: int) -> Tensor:
     return torch.randn((1, channels, _TRIAL, _TRIAL), generator=torch.Generator().manual_seed(0))
-
-
-def _tensor(output: Tensor | dict[str, Tensor]) -> Tensor:
-    return output["out"] if isinstance(output, dict) else output

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bigvision.graph.geometry import geometry
 from bigvision.graph.layout import UnsupportedOperatorError
+from bigvision.graph.outputs import main_output
 from bigvision.graph.trace import UntraceableError, trace
 from bigvision.jobs.train_raster.options import TrainOptions
 from bigvision.models.spec import load_model
@@ -16,7 +17,7 @@ PROBE = 256
 
 
 class ClassLogits(nn.Module):
-    """The logits [N, K, H, W] of a network: entry `out` of a dict, and two classes for a single channel.
+    """The logits [N, K, H, W] of a network's main output, with two classes for a single channel.
 
     One channel x means a sigmoid, which is the softmax of (0, x).
     """
@@ -27,8 +28,7 @@ class ClassLogits(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Image [N, C, H, W] to logits [N, K, H, W]."""
-        found = self.network(image)
-        logits = found["out"] if isinstance(found, dict) else found
+        logits: Tensor = main_output(self.network(image))
         if logits.shape[1] == 1:
             logits = torch.cat([logits * 0, logits], dim=1)
         return logits
@@ -67,4 +67,4 @@ def _output(model: nn.Module, channels: int) -> tuple[tuple[int, ...], int]:
         stride = geometry(traced).stride
     except UnsupportedOperatorError:
         stride = 1
-    return tuple(traced.outputs[0].meta["val"].shape), stride
+    return tuple(traced.output.meta["val"].shape), stride
