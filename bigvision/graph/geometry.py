@@ -180,7 +180,8 @@ def _reach(traced: TracedGraph, known: dict[fx.Node, Flow], axis: str, position:
         span = needed[node] if own is None else own.span(*needed[node])
         for source in streaming_inputs(node, known):
             length = result_shape(source)[getattr(known[source].layout, axis)]
-            _widen(needed, source, (max(span[0], 0), min(span[1], length)))
+            # Of an operand of one column that all columns read there is no other.
+            _widen(needed, source, (min(max(span[0], 0), length - 1), min(span[1], length)))
     if traced.image not in needed:
         return 0
     first, last = needed[traced.image]

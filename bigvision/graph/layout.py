@@ -36,6 +36,7 @@ class Flow:
         statistic: the operator needs the whole image before it can give anything (a reduction, or a
             normalisation by moments over the image).
         local_columns: false where a result depends on whole rows of its input, so that no tile can be exact.
+        broadcasts: the operator takes its operands, held ones too, row for row.
     """
 
     layout: Layout | None
@@ -43,6 +44,7 @@ class Flow:
     cols: AxisMap | None = None
     statistic: bool = False
     local_columns: bool = True
+    broadcasts: bool = False
 
 
 HELD = Flow(None)

@@ -101,8 +101,13 @@ def trace(model: nn.Module, shape: tuple[int, int, int], output: str | int | Non
 
 def result_shape(node: fx.Node) -> tuple[int, ...]:
     """The shape of a node's result (of its first, where the operator has several)."""
+    return result_shapes(node)[0]
+
+
+def result_shapes(node: fx.Node) -> list[tuple[int, ...]]:
+    """The shapes of all of a node's results."""
     value = node.meta["val"]
-    return tuple((value[0] if isinstance(value, list | tuple) else value).shape)
+    return [tuple(one.shape) for one in (value if isinstance(value, list | tuple) else [value])]
 
 
 def module_path(node: fx.Node) -> str:

@@ -70,9 +70,9 @@ class _Convolution(torch.autograd.Function):
 
 
 def channels_first(x: Tensor) -> Tensor:
-    """x [1, C, H, W] with its channels outermost in memory, by ATen's blocked transpose of matrices."""
-    _, c, h, w = x.shape
-    if not x.is_contiguous(memory_format=torch.channels_last):
+    """x [N, C, H, W] with its channels outermost in memory; of one image by ATen's blocked transpose."""
+    n, c, h, w = x.shape
+    if n != 1 or not x.is_contiguous(memory_format=torch.channels_last):
         return x.contiguous()
     return x.permute(0, 2, 3, 1).reshape(h * w, c).t().contiguous().view(1, c, h, w)
 

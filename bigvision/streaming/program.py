@@ -17,7 +17,7 @@ from bigvision.graph.arguments import arguments
 from bigvision.graph.axes import AxisMap
 from bigvision.graph.cost import flops
 from bigvision.graph.flow import flows, streaming_inputs
-from bigvision.graph.layout import Flow, refusal
+from bigvision.graph.layout import Flow
 from bigvision.graph.trace import TracedGraph, operator_name, result_shape
 from bigvision.streaming.into import Writer, writer_for
 from bigvision.streaming.kernels import Kernel, Span, Values, kernel_for, span_of
@@ -37,6 +37,7 @@ class Stage:
         level: how many passes end before it can run.
         input_axis: the axis of its inputs' rows.
         free: it depends on no image row, only on held values, so it runs when its consumers ask.
+        broadcasts: it takes its inputs, held ones too, row for row.
         kernel: computes some of its rows; `writer` does so in a given place, where the operator can.
     """
 
@@ -50,6 +51,7 @@ class Stage:
     input_axis: int
     level: int
     free: bool
+    broadcasts: bool
     kernel: Kernel
     writer: Writer | None
 
@@ -67,11 +69,6 @@ class Stage:
     def grows(self) -> bool:
         """It resamples a held value up to rows of an image."""
         return not self.inputs and self.rows is not None
-
-    @property
-    def broadcasts(self) -> bool:
-        """It combines its inputs element by element, held ones too."""
-        return self.rows is None and operator_name(self.node) not in ("linear", "matmul")
 
     def span(self, a: int, b: int) -> Span:
         """What its rows a..b read."""
@@ -262,19 +259,23 @@ def _stage(node: fx.Node, flow: Flow, known: dict[fx.Node, Flow], level: int, fr
         kernel = _unreachable
     else:
         kernel = kernel_for(node, flow)
-    _check_sizes(node, inputs, known, flow)
     input_axis = next((known[source].layout.rows for source in inputs), axis)  # type: ignore[union-attr]
     writer = writer_for(node) if node.op == "call_function" else None
     return Stage(
-        node, (node,), inputs, flow.rows, axis, size, size_in, input_axis, level, free, kernel, writer
+        node,
+        (node,),
+        inputs,
+        flow.rows,
+        axis,
+        size,
+        size_in,
+        input_axis,
+        level,
+        free,
+        flow.broadcasts,
+        kernel,
+        writer,
     )
-
-
-def _check_sizes(node: fx.Node, inputs: Iterable[fx.Node], known: dict[fx.Node, Flow], flow: Flow) -> None:
-    """Operators that combine streams take them row for row."""
-    sizes = {result_shape(source)[known[source].layout.rows] for source in inputs}  # type: ignore[union-attr]
-    if len(sizes) > 1:
-        raise refusal(node, f"its inputs have {sorted(sizes)} rows")
 
 
 def _normalisation(node: fx.Node) -> Kernel:

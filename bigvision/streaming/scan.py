@@ -49,6 +49,7 @@ def held_rows(stage: Stage, span: Span, value: Any) -> Any:
     if stage.grows and value.ndim == 4:
         start, stop = span.read
         return value.narrow(-2, start, stop - start)
-    if stage.broadcasts and value.ndim >= -stage.axis and value.shape[stage.axis] == stage.size > 1:
-        return value.narrow(stage.axis, span.a, span.b - span.a)
+    axis = stage.input_axis
+    if stage.broadcasts and value.ndim >= -axis and value.shape[axis] == stage.size > 1:
+        return value.narrow(axis, span.a, span.b - span.a)
     return value

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import fx
 
+from bigvision.graph.layout import UnsupportedOperatorError, refusal
 from bigvision.streaming.program import Pass, Stage
 
 
@@ -36,17 +37,26 @@ def schedule(walk: Pass, rows: int) -> Schedule:
     No stage makes more than its share of rows in a step, so that the deep branch's lag is caught up in a few
     steps behind the image's end rather than in one huge one, and every buffer stays small.
     """
+    # A free stage ends with its readers, of which a crop leaves its last rows alone.
+    paced = [stage for stage in walk.stages if not stage.free]
     behind = 1
     while True:
         steps = -(-walk.height // rows) + behind
         made = _progress(walk, rows, steps)
-        # A free stage ends with its readers, of which a crop leaves its last rows alone.
-        if all(int(made[stage.node][-1]) == stage.size for stage in walk.stages if not stage.free):
+        unfinished = [stage for stage in paced if int(made[stage.node][-1]) != stage.size]
+        if not unfinished:
             break
+        # Behind the image's end a step in which nothing was made is followed by no other.
+        if behind > 1 and all(made[stage.node][-1] == made[stage.node][-2] for stage in paced):
+            raise _stalled(unfinished[0], int(made[unfinished[0].node][-1]))
         behind *= 2
     used = max(int(np.argmax(made[stage.node] == stage.size)) for stage in walk.stages)
     made = {node: progress[: used + 1] for node, progress in made.items()}
     return Schedule(used, made, _kept(walk, made))
+
+
+def _stalled(stage: Stage, made: int) -> UnsupportedOperatorError:
+    return refusal(stage.node, f"of its {stage.size} rows only {made} can be made from the image's")
 
 
 def _progress(walk: Pass, rows: int, steps: int) -> dict[fx.Node, np.ndarray]:

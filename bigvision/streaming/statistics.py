@@ -54,9 +54,7 @@ class Total(Statistic):
         super().__init__(node, source)
         args, shape = arguments(node), result_shape(source)
         self.kind = operator_name(node)
-        dims = args.get("dim")
-        given = range(len(shape)) if dims in (None, []) else [dims] if isinstance(dims, int) else dims
-        self.dims = [dim % len(shape) for dim in given]
+        self.dims = reduced_axes(args, shape)
         self.keepdim = bool(args.get("keepdim", False))
         self.count = math.prod(shape[dim] for dim in self.dims)
         if self.kind == "linalg_vector_norm" and args["ord"] != 2:
@@ -103,47 +101,65 @@ class BinnedMean(Statistic):
 
 
 class Moments(Statistic):
-    """Mean and variance of groups of channels: group, instance and batch norm, std and var."""
+    """Mean and variance of groups of channels: of every image for group and instance norm, of all for batch
+    norm."""
 
     def __init__(self, node: fx.Node, source: fx.Node) -> None:
         super().__init__(node, source)
         args, shape = arguments(node), result_shape(source)
         name = operator_name(node)
-        self.groups = args["num_groups"] if name == "group_norm" else args.get("group", shape[1])
-        self.count = math.prod(shape[1:]) // self.groups
+        self.images = 1 if name == "_native_batch_norm_legit" else shape[0]
+        groups = args["num_groups"] if name == "group_norm" else args.get("group", shape[1])
+        self.groups = self.images * groups
+        self.count = math.prod(shape) // self.groups
 
     def partial(self, x: Tensor, start: int) -> Sums:
-        """Sum and sum of squares of every group, float64 [G]."""
-        grouped = x.reshape(self.groups, -1) if x.shape[0] == 1 else x
-        wide = grouped.double()
+        """Sum and sum of squares of every group, float64 [N * G]."""
+        grouped = x.transpose(0, 1) if x.shape[0] > self.images else x
+        wide = grouped.reshape(self.groups, -1).double()
         return wide.sum(1), wide.square().sum(1)
 
     def finish(self, sums: Sums) -> tuple[Tensor, Tensor]:
-        """(mean, biased variance), float64 [G]."""
-        mean = sums[0] / self.count
-        return mean, (sums[1] / self.count - mean.square()).clamp(min=0)
+        """(mean, biased variance), float64 [N * G]."""
+        return _moments(sums, self.count)
 
 
-class Spread(Moments):
-    """std and var over the image, by channel."""
+class Spread(Statistic):
+    """std and var over axes that include the rows."""
 
     def __init__(self, node: fx.Node, source: fx.Node) -> None:
         super().__init__(node, source)
         args, shape = arguments(node), result_shape(source)
-        dims = sorted(dim % len(shape) for dim in args["dim"] or range(len(shape)))
-        if dims != [2, 3] or len(shape) != 4:
-            raise ValueError(f"{describe(node)} over the image is supported for the axes (2, 3), not {dims}")
+        self.dims = reduced_axes(args, shape)
+        self.count = math.prod(shape[dim] for dim in self.dims)
         unbiased = args.get("unbiased", True)
         correction = args["correction"] if args.get("correction") is not None else float(bool(unbiased))
-        self.free = self.count - correction
+        self.free = max(self.count - correction, 0)
         self.shape = result_shape(node)
 
-    def finish(self, sums: Sums) -> Any:
-        """The standard deviation or the variance."""
-        _, variance = super().finish(sums)
-        variance = variance * (self.count / self.free)
+    def partial(self, x: Tensor, start: int) -> Sums:
+        """Sum and sum of squares, float64, axes kept."""
+        wide = x.double()
+        return wide.sum(self.dims, True), wide.square().sum(self.dims, True)
+
+    def finish(self, sums: Sums) -> Tensor:
+        """The standard deviation or the variance; NaN where no degree of freedom is left, as in ATen."""
+        _, variance = _moments(sums, self.count)
+        variance = variance * self.count / variance.new_tensor(self.free)
         value = variance.sqrt() if operator_name(self.node) == "std" else variance
         return value.reshape(self.shape).to(self.dtype)
+
+
+def _moments(sums: Sums, count: int) -> tuple[Tensor, Tensor]:
+    mean = sums[0] / count
+    return mean, (sums[1] / count - mean.square()).clamp(min=0)
+
+
+def reduced_axes(args: dict[str, Any], shape: tuple[int, ...]) -> list[int]:
+    """The axes that a reduction runs over, from 0; all where it names none."""
+    dims = args.get("dim")
+    given = range(len(shape)) if dims in (None, []) else [dims] if isinstance(dims, int) else dims
+    return [dim % len(shape) for dim in given]
 
 
 class Extreme(Statistic):
@@ -152,8 +168,7 @@ class Extreme(Statistic):
     def __init__(self, node: fx.Node, source: fx.Node) -> None:
         super().__init__(node, source)
         args, shape = arguments(node), result_shape(source)
-        self.dims = [dim % len(shape) for dim in args["dim"] or range(len(shape))]
-        self.keepdim = bool(args["keepdim"])
+        self.dims = reduced_axes(args, shape)
         self.sign = 1 if operator_name(node) == "amax" else -1
 
     def partial(self, x: Tensor, start: int) -> Sums:
@@ -270,12 +285,18 @@ NORMALISATIONS = frozenset(("group_norm", "native_group_norm", "instance_norm", 
 
 
 def normalise(node: fx.Node, x: Tensor, moments: tuple[Tensor, Tensor], weight: Any, bias: Any) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) * weight + bias, with the moments of groups of channels."""
+    """(x - mean) / sqrt(variance + eps) * weight + bias, with the moments of groups of channels.
+
+    Moments of every image lie one image's after another's.
+    """
+    images = 1 if operator_name(node) == "_native_batch_norm_legit" else x.shape[0]
     channels = x.shape[1]
-    mean, variance = (one.repeat_interleave(channels // one.numel()) for one in moments)
+    mean, variance = (
+        one.view(images, -1).repeat_interleave(images * channels // one.numel(), 1) for one in moments
+    )
     scale = (variance + arguments(node)["eps"]).rsqrt()
     scale = scale if weight is None else scale * weight.double()
     shift = -mean * scale if bias is None else bias.double() - mean * scale
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    scale, shift = (one.to(wide).view(1, channels, 1, 1) for one in (scale, shift))
+    scale, shift = (one.to(wide).view(images, channels, *[1] * (x.ndim - 2)) for one in (scale, shift))
     return torch.addcmul(shift, x.to(wide), scale).to(x.dtype)

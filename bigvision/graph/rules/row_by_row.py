@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from bigvision.graph.layout import Flow, refusal
+from bigvision.graph.layout import Flow, Layout, refusal
 from bigvision.graph.rules.registry import layout_of, moved_layout, pulled, pushed, rule
 from bigvision.graph.trace import operator_name, result_shape
 
@@ -14,7 +14,6 @@ from bigvision.graph.trace import operator_name, result_shape
 @rule(
     "hardswish",
     "log_sigmoid",
-    "prelu",
     "rsub",
     "masked_fill",
     "_to_copy",
@@ -26,20 +25,28 @@ from bigvision.graph.trace import operator_name, result_shape
 @rule(
     "dropout", "native_dropout", "detach", "lift_fresh_copy", "type_as", "relu6", "feature_dropout", "rrelu"
 )
-@rule(
-    "_native_batch_norm_legit_no_training", "batch_norm", "where", "channel_shuffle", "native_channel_shuffle"
-)
+@rule("where")
 def pointwise(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     """Elementwise operators, broadcasting included."""
     layout = layout_of(source)
     value = node.meta["val"]
     if not isinstance(value, list | tuple) and value.ndim > _widest_input(node):
         raise refusal(node, "it broadcasts rows against another axis")
-    return Flow(layout)
+    return Flow(layout, broadcasts=True)
 
 
 def _widest_input(node: fx.Node) -> int:
     return max(len(result_shape(source)) for source in node.all_input_nodes)
+
+
+@rule("_native_batch_norm_legit_no_training", "batch_norm", "prelu")
+@rule("channel_shuffle", "native_channel_shuffle")
+def _by_channel(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
+    """Operators that treat every channel, axis 1, in its own way, or move channels."""
+    layout = layout_of(source)
+    if layout.rows == 1 - len(result_shape(node)):
+        raise refusal(node, "it would treat every row as a channel: its input has the rows on axis 1")
+    return Flow(layout)
 
 
 @rule("cat", "stack", "split", "split_with_sizes", "chunk", "unbind", "softmax", "_softmax", "log_softmax")
@@ -53,13 +60,13 @@ def _along_an_axis(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     along = {dim if dim < 0 else dim - ndim - new_axis for dim in given}
     if name == "stack":  # a new axis at or behind the rows pushes them to the left
         (axis,) = along
-        return Flow(moved_layout(pushed(layout.rows, axis), pushed(layout.cols, axis)))
+        return Flow(moved_layout(pushed(layout.rows, axis), pushed(layout.cols, axis)), broadcasts=True)
     if layout.rows in along:
         raise refusal(node, "it works along the rows")
     if name == "unbind":
         (axis,) = along
         return Flow(moved_layout(pulled(layout.rows, axis), pulled(layout.cols, axis)))
-    return Flow(layout, local_columns=layout.cols not in along)
+    return Flow(layout, local_columns=layout.cols not in along, broadcasts=True)
 
 
 @rule("linear", "layer_norm", "native_layer_norm", "rms_norm")
@@ -73,12 +80,16 @@ def _over_the_last_axes(node: fx.Node, args: dict[str, Any], source: Flow) -> Fl
 
 @rule("matmul")
 def _matmul(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
-    left, right = args["self"], args["other"]
-    layout = layout_of(source)
-    held_right = len(result_shape(right)) <= 2 and result_shape(left) != result_shape(right)
-    if not held_right or layout.rows == -1:
-        raise refusal(node, "it is attention over pixels")
-    return Flow(layout, local_columns=layout.cols != -1)
+    """A streamed value times a held matrix (or one vector) from the right."""
+    layout, right = layout_of(source), result_shape(args["other"])
+    if layout.rows == -1:
+        raise refusal(node, "it mixes rows")
+    if len(right) > 2:
+        raise refusal(node, "it takes another matrix for every part of its batch")
+    cols = None if layout.cols == -1 else layout.cols
+    if len(right) == 1:
+        return Flow(moved_layout(pulled(layout.rows, -1), pulled(cols, -1)), local_columns=layout.cols != -1)
+    return Flow(Layout(layout.rows, cols), local_columns=layout.cols != -1)
 
 
 @rule("bmm", "einsum", "baddbmm", "scaled_dot_product_attention")

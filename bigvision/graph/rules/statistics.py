@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from bigvision.graph.layout import Flow, refusal
-from bigvision.graph.rules.registry import layout_of, moved_layout, nchw, negative, rule
+from bigvision.graph.rules.registry import layout_of, moved_layout, negative, rule
 from bigvision.graph.trace import operator_name, result_shape
 
 
@@ -49,4 +49,8 @@ STATISTICS = frozenset({"mean", "sum", "amax", "amin", "std", "var", "linalg_vec
 
 @rule("group_norm", "instance_norm", "native_group_norm", "_native_batch_norm_legit")
 def _normalised(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
-    return Flow(nchw(node, source), statistic=True)
+    """By moments of groups of channels, axis 1, over all axes behind it."""
+    layout = layout_of(source)
+    if layout.rows < 2 - len(result_shape(node)):
+        raise refusal(node, "it would treat rows as channels or images: its input has them on axis 0 or 1")
+    return Flow(layout, statistic=True)
