@@ -103,11 +103,14 @@ class ClusterGate:
         self._seed = seed
         self.rebuild()
 
+    def renew(self, step: int) -> None:
+        """Clusters from the moved centres, every `refresh` steps."""
+        if self.spec.refresh and step - int(self._fitted) >= self.spec.refresh:
+            self._fit()
+            self._fitted.fill_(step)
+
     def select(self, given: GateInput) -> ActiveRows:
         """The top clusters of each sample and its own, all their classes."""
-        if self.spec.refresh and given.step - int(self._fitted) >= self.spec.refresh:
-            self._fit()
-            self._fitted.fill_(given.step)
         valid = given.labels >= 0
         own = self._own_clusters(given)[valid]
         scores = gating.cosine_scores(given.unit[valid], self.centroids)

@@ -29,7 +29,15 @@ class GateInput:
 
 
 class ActiveGate(Protocol):
-    """A gate at work on one shard. Its methods are called on every rank together."""
+    """A gate at work on one shard. Its methods are called on every rank together.
+
+    `select`, `widen` and `certify` change nothing that a copy of the gate shares with it, so that a copy can
+    be asked what the gate would do.
+    """
+
+    def renew(self, step: int) -> None:
+        """A step of training begins: what is made anew from time to time is, if it is time."""
+        ...
 
     def select(self, given: GateInput) -> ActiveRows:
         """The classes of this step; every own class is among them."""
@@ -82,6 +90,9 @@ class GateSpec(Protocol):
 
 class StaticGate:
     """The parts of a gate that keeps nothing: nothing to widen, follow or save."""
+
+    def renew(self, step: int) -> None:
+        """Nothing to make anew."""
 
     def widen(self, given: GateInput, active: ActiveRows, lse: Tensor) -> ActiveRows | None:
         """Nothing more."""

@@ -4,6 +4,7 @@ Legend: b samples of this rank, B of all ranks, D dimension, C classes, n classe
 """
 
 from collections.abc import Callable
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bigvision.hardware import has_fast_bfloat16
-from heads.adaptive import AdaptiveMargin
+from heads.adaptive import AdaptiveMargin, claimed
 from heads.collectives import Ranks, gather_batch, together
 from heads.counter import STREAM_ROUNDING
 from heads.gates import GateSpec
@@ -53,8 +54,8 @@ class ShardedMarginHead(nn.Module):
     Args:
         num_classes: C, of all ranks together.
         dim: D.
-        margin: `Margin`, or a callable from feature norms [B] to (m1, m2, m3), such as `AdaFace`
-            and `MagFace`.
+        margin: `Margin`, or a callable from the norms [V] of the valid samples' features to (m1, m2, m3) or
+            (m1, m2, m3, penalty), such as `AdaFace` and `MagFace`; the penalty's mean is added to the loss.
         scale: s, the inverse temperature of the cosine logits.
         active: None for the full softmax, or a gate: `sampled(...)`, `clustered(...)`, `hashed(...)`.
         storage: dtype of the centres and their moments. bfloat16 is rounded stochastically, and multiplied
@@ -95,13 +96,13 @@ class ShardedMarginHead(nn.Module):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        self.settings = _arguments(locals())
+        where = torch.device(device)
+        self._settings = deepcopy(_arguments(locals()))
         self.ranks = Ranks.current()
-        self.margin = Margin() if margin is None else margin
+        self.margin = Margin() if margin is None else claimed(margin, where)
         _check_settings(self.margin, dim, scale, storage, normalized, tile, optimizer, place)
         self.num_classes, self.dim, self.scale, self.seed = num_classes, dim, scale, seed
         self.rule, self.active = optimizer, active
-        where = torch.device(device)
         settings = torch.tensor([num_classes, dim, seed], device=where)
         self.ranks.agree("(num_classes, dim, seed)", settings)
         with together(self.ranks, "placing the centres"):
@@ -132,6 +133,11 @@ class ShardedMarginHead(nn.Module):
             w = shard.kernels.normal_rows(self.seed, shard.ids(rows), self.dim, std, shard.dtype)
             shard.store.store(rows, {"weight": w})
             shard.inverse_norm[rows] = shard.kernels.inverse_norms(w, shard.acc)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments: `ShardedMarginHead(**head.settings)` starts as this head started."""
+        return deepcopy(self._settings)
 
     @property
     def lr(self) -> float:
@@ -201,13 +207,19 @@ class ShardedMarginHead(nn.Module):
         """The share of each valid sample's softmax that the gate leaves out, measured: float64 [V], all
         ranks'.
 
-        Costs a full softmax. Without a gate it is 0. Arguments and errors as those of the call.
+        Costs a full softmax, and moves nothing: it is the share that the next step would leave out, with
+        clusters as they stand. Without a gate it is 0. Arguments and errors as those of the call.
         """
         batch = gather_batch(self.ranks, features, labels, self.dim, self.num_classes)
-        gated, whole = (
-            forward_pass(self.shard, self.ranks, self.margin, gate, batch, self.step, self._version)[1]
-            for gate in (self.gate, None)
-        )
+        if self.weight is not None:
+            self.refresh_norms()
+        passes = []
+        for gate in (copy(self.gate), None):
+            margin = deepcopy(self.margin)  # statistics follow the batch, as the step's will
+            passes.append(
+                forward_pass(self.shard, self.ranks, margin, gate, batch, self.step, self._version)[1]
+            )
+        gated, whole = passes
         return torch.expm1((gated.lse - whole.lse).clamp_max(0.0)).abs()[whole.valid]
 
     def _run_forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Pass]:
@@ -215,6 +227,8 @@ class ShardedMarginHead(nn.Module):
         if self.weight is not None:
             self.refresh_norms()
         gate = self.gate if self.training else None
+        if gate is not None:
+            gate.renew(self.step)
         loss, done = forward_pass(self.shard, self.ranks, self.margin, gate, batch, self.step, self._version)
         if gate is not None and self.shard.store.prefetches:
             wanted = gate.expected(self.step + 1)
@@ -313,7 +327,7 @@ def _check_settings(
 
 def _arguments(names: dict[str, Any]) -> dict[str, Any]:
     """The constructor's own arguments, to make another head like this one."""
-    return {name: value for name, value in names.items() if name not in ("self", "__class__")}
+    return {name: value for name, value in names.items() if name not in ("self", "__class__", "where")}
 
 
 def _build_shard(

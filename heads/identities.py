@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from heads.head import ShardedMarginHead
 
@@ -86,6 +86,12 @@ def remap_identities(
     fresh = ShardedMarginHead(**(old | {"num_classes": num_classes, "seed": head.seed + 1} | settings))
     for low, high, sums, counts in _blocks(head, target, num_classes):
         _take(fresh, low, high, sums, counts)
+    if (
+        isinstance(fresh.margin, nn.Module)
+        and isinstance(head.margin, nn.Module)
+        and "margin" not in settings
+    ):
+        fresh.margin.load_state_dict(head.margin.state_dict())
     fresh.step = head.step
     if fresh.optimizer is not None and head.optimizer is not None:
         fresh.lr = head.lr

@@ -64,3 +64,9 @@ def target_logit(cosine: Tensor, m1: Tensor | float, m2: Tensor | float, m3: Ten
     if isinstance(m1, float) and isinstance(m2, float) and (m1, m2) == (1.0, 0.0):
         psi, d_cosine = t - m3, torch.ones_like(t)
     return TargetLogit(psi, d_cosine, d_phi * theta, d_phi, torch.full_like(t, -1.0))
+
+
+def plain_logit(product: Tensor) -> TargetLogit:
+    """The plain softmax's: psi is x.w itself, [B], which is no cosine and has no bounds."""
+    one, none = torch.ones_like(product), torch.zeros_like(product)
+    return TargetLogit(product, one, none, none, -one)

@@ -2,7 +2,8 @@
 
 Legend: b samples of this rank, B of all ranks, D dimension.
     x feature, w centre, u = x/|x|, v = w/|w|, c = u.v, t = c at the label, psi(t) the margin
-    loss = mean over the valid samples of LSE - s*psi, LSE = log(exp(s*psi) + sum over other classes exp(s*c))
+    LSE = log(exp(s*psi) + sum over the other classes exp(s*c))
+    loss = mean over the valid samples of LSE - s*psi + the penalty of an adaptive margin
 Across ranks go: features and labels (B x D), the own cosines and the sums of exponentials (B each; once
 more B for the shift where logits have no bound), one scalar, and the gradient of u (B x D). Nothing of size
 C.
@@ -13,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heads.adaptive import AdaptiveMargin
+from heads.adaptive import AdaptiveMargin, Value, run_margin
 from heads.collectives import GatheredBatch, Ranks
 from heads.gates import ActiveGate, GateInput
-from heads.margin import Margin, TargetLogit, target_logit
+from heads.margin import Margin, TargetLogit, plain_logit, target_logit
 from heads.shard import ActiveRows, Shard, Slopes, Update, denominators, needs_shift, own_products, walk_back
 
 _TINY = 1e-12  # features shorter than this count as if they were this long
@@ -36,11 +37,12 @@ class Features:
 
 @dataclass(frozen=True)
 class TargetMargin:
-    """psi and its slopes with the graph from the norms to adaptive margins, if there is one."""
+    """psi and its slopes; of adaptive margins also (m1, m2, m3, penalty) with their graph from the norms."""
 
     logit: TargetLogit
-    norms: Tensor | None
-    margins: tuple[Tensor | float, Tensor | float, Tensor | float]
+    penalty: Value = 0.0
+    norms: Tensor | None = None
+    adaptive: tuple[Value, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def forward_pass(
     given = GateInput(features.unit, batch.labels, own_rows, step)
     active = select(gate, given)
     others, own_cosine = log_sums(shard, ranks, active, features, own_rows)
-    target = apply_margin(margin, own_cosine, features.norms)
+    valid = batch.labels >= 0
+    target = apply_margin(shard, margin, own_cosine, features.norms, valid)
     own_logit = shard.scale * target.logit.psi.double()
     lse = torch.logaddexp(others, own_logit)
     if gate is not None:
@@ -90,8 +93,7 @@ def forward_pass(
             further, _ = log_sums(shard, ranks, more, features, torch.full_like(own_rows, -1))
             lse, active = torch.logaddexp(lse, further), merge(active, more)
         gate.certify(given, lse)
-    valid = batch.labels >= 0
-    loss = torch.where(valid, lse - own_logit, 0.0).sum() / valid.sum().clamp_min(1)
+    loss = torch.where(valid, lse - own_logit + target.penalty, 0.0).sum() / valid.sum().clamp_min(1)
     done = Pass(batch, features, own_rows, active, own_cosine, target, lse, valid, version)
     return loss.to(shard.acc), done
 
@@ -125,16 +127,27 @@ def log_sums(
     return torch.where(total > 0, shift + torch.log(total), -torch.inf), own_cosine.to(shard.acc)
 
 
-def apply_margin(margin: Margin | AdaptiveMargin, own_cosine: Tensor, norms: Tensor) -> TargetMargin:
+def apply_margin(
+    shard: Shard, margin: Margin | AdaptiveMargin, own_cosine: Tensor, norms: Tensor, valid: Tensor
+) -> TargetMargin:
     """psi of each sample; an adaptive margin is run with gradients, so that backward can go through it."""
+    if not shard.normalized:
+        return TargetMargin(plain_logit(own_cosine))
     if isinstance(margin, Margin):
-        margins = (margin.m1, margin.m2, margin.m3)
-        return TargetMargin(target_logit(own_cosine, *margins), None, margins)
+        return TargetMargin(target_logit(own_cosine, margin.m1, margin.m2, margin.m3))
     with torch.enable_grad():
         leaf = norms.detach().requires_grad_()
-        adaptive = margin(leaf)
-    plain = tuple(m.detach() if isinstance(m, Tensor) else float(m) for m in adaptive)
-    return TargetMargin(target_logit(own_cosine, plain[0], plain[1], plain[2]), leaf, adaptive)
+        found = run_margin(margin, leaf[valid])
+        adaptive = tuple(_spread(value, valid) for value in found)
+    m1, m2, m3, penalty = (m.detach() if isinstance(m, Tensor) else float(m) for m in adaptive)
+    return TargetMargin(target_logit(own_cosine, m1, m2, m3), penalty, leaf, adaptive)
+
+
+def _spread(value: Value, valid: Tensor) -> Value:
+    """Values of the valid samples in the places of all, [V] -> [B]; the others' are of no account."""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    return value.new_zeros(len(valid)).masked_scatter(valid, value)
 
 
 def merge(first: ActiveRows, more: ActiveRows) -> ActiveRows:
@@ -157,8 +170,8 @@ def backward_pass(shard: Shard, ranks: Ranks, done: Pass, grad: Tensor, update: 
     count = done.valid.sum().clamp_min(1)
     coefficient = torch.where(done.valid, grad.to(shard.acc) / count, 0.0)
     lse = done.lse.to(shard.acc)
-    p = torch.exp(shard.scale * done.target.logit.psi - lse)
-    d_psi = coefficient * (p - 1.0)
+    log_p = shard.scale * done.target.logit.psi.double() - done.lse
+    d_psi = coefficient * torch.expm1(log_p).to(shard.acc)
     slopes = Slopes(lse, coefficient, d_psi * done.target.logit.d_cosine, done.own_cosine)
     d_u = ranks.sum_(walk_back(shard, done.active, done.features.u, done.own_rows, slopes, update))
     mine = done.batch.mine
@@ -166,24 +179,25 @@ def backward_pass(shard: Shard, ranks: Ranks, done: Pass, grad: Tensor, update: 
     if shard.normalized:
         unit, norms = done.features.unit[mine], done.features.norms[mine].clamp_min(_TINY)
         d_x = (d_x - (d_x * unit).sum(1, keepdim=True) * unit) / norms[:, None]
-        d_norm = _norm_gradient(done.target, shard.scale * d_psi)
+        d_norm = _norm_gradient(done.target, shard.scale * d_psi, coefficient)
         if d_norm is not None:
             d_x = d_x + d_norm[mine, None] * unit
     return d_x * ranks.size
 
 
-def _norm_gradient(target: TargetMargin, d_psi: Tensor) -> Tensor | None:
+def _norm_gradient(target: TargetMargin, d_psi: Tensor, d_penalty: Tensor) -> Tensor | None:
     """dL/d|x| acc [B] through adaptive margins, or None where they don't differentiate."""
     if target.norms is None:
         return None
-    slopes = (target.logit.d_m1, target.logit.d_m2, target.logit.d_m3)
+    logit = target.logit
+    gradients = (d_psi * logit.d_m1, d_psi * logit.d_m2, d_psi * logit.d_m3, d_penalty)
     pairs = [
-        (m, d_psi * slope)
-        for m, slope in zip(target.margins, slopes, strict=True)
+        (m, g.to(m.dtype) if m.ndim else g.sum().to(m.dtype))
+        for m, g in zip(target.adaptive, gradients, strict=True)
         if isinstance(m, Tensor) and m.requires_grad
     ]
     if not pairs:
         return None
-    outputs = [m for m, _ in pairs]
-    (d_norm,) = torch.autograd.grad(outputs, target.norms, [g.expand_as(m) for m, g in pairs])
+    outputs, grads = zip(*pairs, strict=True)
+    (d_norm,) = torch.autograd.grad(outputs, target.norms, grads)
     return d_norm

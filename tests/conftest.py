@@ -1,9 +1,12 @@
 """What every room's tests share."""
 
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 # A deadline times the machine, not the code: a first call imports and warms up, a busy machine is slow.
 settings.register_profile("bigvision", deadline=None)

@@ -17,9 +17,8 @@ def normalize(
     """Normalise router logits.
 
     "identity" and "sigmoid" act on each entry, "softmax" on each token, "sinkhorn" (Sinkhorn and Knopp 1967;
-    for
-    routing: Clark et al. 2022, S-BASE) alternately gives every expert T / E of the tokens and every token 1
-        in all.
+    for routing: Clark et al. 2022, S-BASE) alternately gives every expert an equal share of the tokens and
+    every token 1 in all. Experts that nobody may use, and tokens that may use none, have no part in that.
 
     Args:
         logits: [T, E] float.
@@ -57,19 +56,17 @@ def _softmax(logits: Tensor, allowed: Tensor | None) -> Tensor:
 
 
 def _sinkhorn(logits: Tensor, allowed: Tensor | None, iterations: int) -> Tensor:
-    """Log-domain Sinkhorn; rows last, so they sum to 1 exactly and columns to T / E in the limit."""
+    """Log-domain Sinkhorn; rows last, so they sum to 1 exactly and columns to equal shares in the limit."""
     if iterations < 1:
         raise ValueError(f"Sinkhorn needs at least 1 iteration, got {iterations}")
-    num_tokens, num_experts = logits.shape
-    if num_tokens == 0:
+    if len(logits) == 0:
         return logits
     lowest = torch.finfo(logits.dtype).min / 4
-    log_p = logits if allowed is None else logits.masked_fill(~allowed, lowest)
-    column = torch.tensor(num_tokens / num_experts, dtype=logits.dtype, device=logits.device).log()
+    closed = torch.zeros_like(logits, dtype=torch.bool) if allowed is None else ~allowed
+    log_p = logits.masked_fill(closed, lowest)
     for _ in range(iterations):
-        log_p = log_p + (column - log_p.logsumexp(0, keepdim=True))
-        log_p = log_p - log_p.logsumexp(1, keepdim=True)
-        if allowed is not None:
-            log_p = log_p.masked_fill(~allowed, lowest)
-    p = log_p.exp()
-    return p if allowed is None else p.masked_fill(~allowed, 0)
+        # What all columns are scaled to is taken off again by the rows. A column or row that is closed as a
+        # whole would get its share all the same: it is closed again after each pass.
+        log_p = (log_p - log_p.logsumexp(0, keepdim=True)).masked_fill(closed, lowest)
+        log_p = (log_p - log_p.logsumexp(1, keepdim=True)).masked_fill(closed, lowest)
+    return log_p.exp().masked_fill(closed, 0)

@@ -57,6 +57,27 @@ def test_sinkhorn_is_diagonal_scaling(shape: tuple[int, int, int]) -> None:
         torch.testing.assert_close(ratio - ratio[:1], (ratio - ratio[:1])[:, :1].expand_as(ratio))
 
 
+@given(shapes, st.integers(0, 99))
+def test_sinkhorn_of_what_may_be_used_ignores_what_may_not(shape: tuple[int, int, int], seed: int) -> None:
+    """Experts that nobody may use and tokens that may use none are as if they weren't there."""
+    logits, _ = draw(shape)
+    generator = torch.Generator().manual_seed(seed)
+    tokens, experts = (torch.rand(n, generator=generator) < 0.6 for n in logits.shape)
+    plan = normalize(logits, "sinkhorn", allowed=tokens[:, None] & experts, iterations=9)
+    alone = normalize(logits[tokens][:, experts], "sinkhorn", iterations=9)
+    torch.testing.assert_close(plan[tokens][:, experts], alone)
+    assert float(plan.sum()) == pytest.approx(float(alone.sum()))
+
+
+@given(shapes, st.sampled_from(["softmax", "sinkhorn"]), st.sampled_from([torch.float64, torch.float32]))
+def test_a_token_gives_all_it_has_to_what_it_may_use(
+    shape: tuple[int, int, int], kind: str, dtype: torch.dtype
+) -> None:
+    logits, allowed = draw(shape)
+    plan = normalize(30 * logits.to(dtype), kind, allowed=allowed)  # type: ignore[arg-type]
+    torch.testing.assert_close(plan.sum(1), allowed.any(1).to(dtype))
+
+
 @given(shapes, st.sampled_from(KINDS))
 def test_nothing_is_given_to_what_is_not_allowed_and_all_is_finite(
     shape: tuple[int, int, int], kind: str

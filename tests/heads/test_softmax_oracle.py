@@ -102,3 +102,49 @@ def test_bfloat16_centres_multiplied_natively_or_widened(
     moved = (w - 0.1 * w.grad).detach()
     stored = 2**-8 * (2 if native else 1)  # its own rounding, after the gradient's
     assert (head.full_centers().double() - moved).abs().max() < stored * moved.abs().max()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    b=st.integers(0, 6),
+    tile=st.integers(1, 24),
+    scale=st.floats(0.1, 20),
+    long=st.floats(1e-3, 1e3),
+    far=st.floats(1e-3, 30),
+)
+def test_the_plain_softmax_takes_centres_and_features_of_any_length(
+    reference: Oracle, b: int, tile: int, scale: float, long: float, far: float
+) -> None:
+    """x.w is no cosine: nothing keeps it within [-1, 1], neither the own logit nor another's."""
+    head = ShardedMarginHead(
+        23,
+        5,
+        scale=scale,
+        normalized=False,
+        storage="float64",
+        optimizer=SGD(1e-3),
+        tile=tile,
+        init_std=far,
+    )
+    w = head.full_centers().requires_grad_()
+    x, y = batch(b, 5, 23)
+    x = (x.detach() * long).requires_grad_()
+    x2 = x.detach().clone().requires_grad_()
+    loss, expected = head(x, y), reference(x2, y, w, (1.0, 0.0, 0.0), scale, normalized=False)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(x.grad, x2.grad, rtol=1e-9, atol=1e-12 * scale * far)
+    torch.testing.assert_close(head.full_centers(), w.detach() - 1e-3 * w.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+def test_the_plain_softmax_of_long_features_in_single_precision(reference: Oracle, storage: str) -> None:
+    head = ShardedMarginHead(
+        23, 5, scale=1.0, normalized=False, storage=storage, optimizer=SGD(0.0), init_std=3.0
+    )
+    w = head.full_centers().double()
+    x, y = batch(9, 5, 23, dtype=torch.float32)
+    expected = reference(x.detach().double(), y, w, (1.0, 0.0, 0.0), 1.0, normalized=False)
+    bound = 1e-5 if storage == "float32" else 2e-2
+    assert float(head(x, y).detach()) == pytest.approx(float(expected), rel=bound)
