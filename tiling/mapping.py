@@ -53,7 +53,8 @@ def map_tiles(
 
     fn: takes pixels [B, h, w] of the padded window and the tile; gives pixels [B', ...] of the padded window
         (which are cropped) or of the core, or None to write nothing. Where both have one size there is no
-        crop.
+        crop. Where it has a method `stop`, that is called when a tile fails or the user interrupts: tiles
+        under way are then waited for, and may end early.
     grid: a `TileGrid`, or some of its tiles (those that are left after an interruption).
     client: a `distributed.Client` or a scheduler's address runs tiles there; source, destination and fn
         must be picklable, the files visible to every worker. Otherwise dask's threads run them here.
@@ -170,9 +171,16 @@ def _on_threads(
     try:
         while batch := list(islice(waiting, in_flight or 16 * count)):
             compute(*[delayed(tile) for tile in batch], scheduler="threads", pool=pool)
+    except BaseException:
+        getattr(job.fn, "stop", _nothing)()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)  # after a failure nothing writes on behind the caller's back
     return counter.done
+
+
+def _nothing() -> None:
+    """For functions that can't be stopped."""
 
 
 def _on_cluster(

@@ -12,7 +12,7 @@ Legend: a, b rows of a stage, half open; t step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,6 +30,7 @@ from bigvision.streaming.source import RowSource
 from bigvision.streaming.statistics import Sums
 
 Rows = tuple[int, int]
+OnStep = Callable[[float], object]
 PhaseSums = dict[str, Sums]
 """The float64 sums of one phase's statistics, by the name of their operator in the graph."""
 
@@ -56,17 +57,24 @@ class BandedStream:
         """How many passes take statistics before the one that gives the output."""
         return len(self.program.passes) - 1
 
-    def sums(self, phase: int, band: Rows, before: Sequence[PhaseSums]) -> PhaseSums:
+    def sums(
+        self, phase: int, band: Rows, before: Sequence[PhaseSums], on_step: OnStep | None = None
+    ) -> PhaseSums:
         """A band's part of a phase's sums.
 
         Args:
             phase: counted from 0.
             band: rows of the padded image; the bands of a phase must cover it without overlapping.
             before: the whole sums of all earlier phases.
+            on_step: is told after each step which part of the pass over this band is done, 1 at the end.
         """
         found: dict[fx.Node, Sums] = {}
-        for _ in self._scan(phase, band, before, found):
-            pass
+        steps, scan = self._scan(phase, band, before, found)
+        for step, _ in enumerate(scan, 1):
+            if on_step is not None and step < steps:
+                on_step(step / steps)
+        if on_step is not None:
+            on_step(1.0)
         return {node.name: sums for node, sums in found.items()}
 
     def merged(self, bands: Sequence[PhaseSums]) -> PhaseSums:
@@ -80,20 +88,20 @@ class BandedStream:
 
     def rows(self, band: Rows, before: Sequence[PhaseSums]) -> Iterator[tuple[int, Tensor]]:
         """Yield (row, y): output rows [1, K, h, W'] of the padded image, in order: the band's alone."""
-        for done in self._scan(self.phases, band, before, {}):
+        for done in self._scan(self.phases, band, before, {})[1]:
             if done.output is not None:
                 yield done.row, done.output
 
     def _scan(
         self, index: int, band: Rows, before: Sequence[PhaseSums], sums: dict[fx.Node, Sums]
-    ) -> Iterator[StepResult]:
-        """The steps of a pass over a band; its statistics are added up in `sums`."""
+    ) -> tuple[int, Iterator[StepResult]]:
+        """The steps of a pass over a band, and how many; its statistics are added up in `sums`."""
         model, program = self.model, self.program
         walk, plan = banded(program.passes[index], schedule(program.passes[index], model.rows), band)
         with torch.no_grad():
             held = _held(program, before, model.device)
         given = GivenRows(program.traced.image, model.image(self.source), self._store())
-        return scanned(program, walk, plan, held, given, sums)
+        return plan.steps, scanned(program, walk, plan, held, given, sums)
 
     def forget(self, phase: int) -> None:
         """Delete the values that no phase after this one starts from; every band of it must be done."""

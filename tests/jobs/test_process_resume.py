@@ -72,7 +72,7 @@ def test_killed_and_resumed_is_byte_identical(
     assert names(tmp_path / "killed") == [name]
 
 
-class Stop(Exception):
+class Stop(BaseException):
     pass
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bigvision.jobs.process.network import Network
-from bigvision.jobs.process.scene import Scene
+from datasets.pairs import Pixels
 from tiling import Tile
 
-Pixels = tuple[NDArray[np.float32], NDArray[np.bool_]]
+Padded = tuple[NDArray[np.float32], NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,11 @@ class Engine(Protocol):
     def at_once(self) -> int:
         """More than one, and units are read and written while another is computed."""
 
-    def read(self, scene: Scene, unit: Tile) -> Any:
+    def read(self, scene: Pixels, unit: Tile) -> Any:
         """What `pieces` needs of the scene."""
+
+    def below(self, unit: Tile, rows: int) -> Tile:
+        """The unit without its first rows, which are stored: what is left gets the very same bits."""
 
     def pieces(self, network: Network, unit: Tile, read: Any) -> Iterator[Piece]:
         """The parts of the core that have data, from top to bottom; what no piece covers is nodata."""
@@ -62,11 +65,15 @@ class TilesEngine:
     stride: int
     at_once: int = 3  # one is read, one computed, one written
 
-    def read(self, scene: Scene, unit: Tile) -> Pixels:
+    def read(self, scene: Pixels, unit: Tile) -> Padded:
         """The padded tile, float32 [C, h, w], and where it has data."""
         return scene.read(unit.padded)
 
-    def pieces(self, network: Network, unit: Tile, read: Pixels) -> Iterator[Piece]:
+    def below(self, unit: Tile, rows: int) -> Tile:
+        """The unit itself: a tile is stored whole."""
+        return unit
+
+    def pieces(self, network: Network, unit: Tile, read: Padded) -> Iterator[Piece]:
         """One piece, the core; none where it is all nodata."""
         pixels, valid = read
         shown = valid[unit.crop]

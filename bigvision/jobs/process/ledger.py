@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bigvision.jobs.process.row_log import RowLog
 from tiling.lock import locked
 from tiling.publish import publish, staging_name
 
@@ -37,6 +38,11 @@ class Ledger:
     def rows(self) -> Path:
         """Values that passes over the scene keep for later ones."""
         return self.folder / "rows"
+
+    @property
+    def strips(self) -> RowLog:
+        """How far the units are that aren't marked yet."""
+        return RowLog(self.folder / "strips")
 
     @property
     def draft(self) -> Path:

@@ -19,13 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bigvision.jobs.process.engine import Piece
+from bigvision.jobs.process.following import Progress
 from bigvision.jobs.process.network import Network, NetworkSpec, load_network
 from bigvision.jobs.process.scene import Scene
-from bigvision.jobs.process.stream import SceneRows, streamed_model
-from bigvision.jobs.process.units import Work
-from bigvision.streaming.bands import BandedStream, PhaseSums
+from bigvision.jobs.process.stream import SceneRows, cut_rows, streamed_model
+from bigvision.jobs.process.units import Stop, Work
+from bigvision.streaming.bands import BandedStream, OnStep, PhaseSums
 from bigvision.streaming.checkpoints import Scratch
 from bigvision.streaming.memory import freed_memory_kept
+from datasets.pairs import Pixels
 from tiling import Tile
 from tiling.publish import publish, staging_name
 
@@ -78,24 +80,31 @@ def _read(path: Path, device: str) -> PhaseSums:
 class PhasedEngine:
     """Bands of the whole scene's stream: exact whatever the network, at no halo but each operator's own.
 
-    rows: image rows a step. phases: passes that take statistics. store: their sums. scratch: where they keep
-    values that later ones start from, if they do.
+    rows: image rows a step. stride: alignment of bands. phases: passes that take statistics. store: their
+    sums. scratch: where they keep values that later ones start from, if they do.
     """
 
     rows: int
+    stride: int
     phases: int
     store: PhaseStore
     scratch: Scratch | None = None
     at_once: int = 1  # a unit overlaps its own reading, computing and writing
 
-    def read(self, scene: Scene, unit: Tile) -> Scene:
+    def read(self, scene: Pixels, unit: Tile) -> Pixels:
         """The scene itself, which is read by rows while they are computed."""
         return scene
 
-    def take(self, network: Network, unit: Tile, scene: Scene, phase: int) -> None:
+    def below(self, unit: Tile, rows: int) -> Tile:
+        """A shorter band; of it a step is computed, and not kept, before the first step that is whole."""
+        core = cut_rows(unit.core, rows)
+        above = max(0, rows - self.rows - self.stride) // self.stride * self.stride
+        return Tile(unit.index, core, cut_rows(unit.padded, above))
+
+    def take(self, network: Network, unit: Tile, scene: Pixels, phase: int, on_step: OnStep) -> None:
         """One band's sums of one phase, into the store; those of all earlier phases must be there."""
         with self._stream(network, scene) as (stream, _):
-            sums = stream.sums(phase, _band(stream, unit), self._before(stream, phase))
+            sums = stream.sums(phase, _band(stream, unit.core), self._before(stream, phase), on_step)
         self.store.save(phase, unit.index, sums)
 
     def forget(self, spec: NetworkSpec, scene: Scene, phase: int) -> None:
@@ -104,18 +113,20 @@ class PhasedEngine:
             with self._stream(load_network(spec), scene) as (stream, _):
                 stream.forget(phase)
 
-    def pieces(self, network: Network, unit: Tile, read: Scene) -> Iterator[Piece]:
+    def pieces(self, network: Network, unit: Tile, read: Pixels) -> Iterator[Piece]:
         """Rows of the core as they leave the network."""
         core = unit.core
         with self._stream(network, read) as (stream, source):
-            for row, logits in stream.rows(_band(stream, unit), self._before(stream, self.phases)):
+            for row, logits in stream.rows(_band(stream, unit.padded), self._before(stream, self.phases)):
+                start = max(row, core.row_off)
                 stop = min(row + logits.shape[-2], core.row_off + core.height)
-                if row < stop:
-                    window = Window(0, row, core.width, stop - row)
-                    yield Piece(window, logits[0, :, : stop - row, : core.width], source.valid(row, stop))
+                if start < stop:
+                    window = Window(0, start, core.width, stop - start)
+                    kept = logits[0, :, start - row : stop - row, : core.width]
+                    yield Piece(window, kept, source.valid(start, stop))
 
     @contextmanager
-    def _stream(self, network: Network, scene: Scene) -> Iterator[tuple[BandedStream, SceneRows]]:
+    def _stream(self, network: Network, scene: Pixels) -> Iterator[tuple[BandedStream, SceneRows]]:
         _, height, width = scene.shape
         with SceneRows(scene, Window(0, 0, width, height)) as source:
             model = streamed_model(network, scene.shape, self.rows, self.scratch)
@@ -127,20 +138,21 @@ class PhasedEngine:
         return [stream.merged(self.store.load(earlier, device)) for earlier in range(phase)]
 
 
-def _band(stream: BandedStream, unit: Tile) -> tuple[int, int]:
-    """The rows of a unit; the lowest one takes the padding below the scene, too."""
-    core = unit.core
-    stop = core.row_off + core.height
+def _band(stream: BandedStream, window: Window) -> tuple[int, int]:
+    """The rows of a window; the lowest one takes the padding below the scene, too."""
+    stop = window.row_off + window.height
     height, padded = stream.model.shape[1], stream.model.program.traced.shape[1]
-    return core.row_off, padded if stop == height else stop
+    return window.row_off, padded if stop == height else stop
 
 
 class PhaseRunner:
     """What `map_tiles` calls with a band, in one phase of statistics. Picklable; one band at a time."""
 
-    def __init__(self, work: Work, engine: PhasedEngine, phase: int) -> None:
-        self.work, self.engine, self.phase = work, engine, phase
-        self.room = threading.Lock()
+    def __init__(
+        self, work: Work, engine: PhasedEngine, phase: int, progress: Progress | None = None
+    ) -> None:
+        self.work, self.engine, self.phase, self.progress = work, engine, phase, progress
+        self.room, self.halt = threading.Lock(), Stop()
 
     def __reduce__(self) -> tuple[type["PhaseRunner"], tuple[Work, PhasedEngine, int]]:
         return PhaseRunner, (self.work, self.engine, self.phase)
@@ -150,4 +162,18 @@ class PhaseRunner:
         with self.room, freed_memory_kept(), torch.inference_mode():
             if self.work.threads is not None:
                 torch.set_num_threads(self.work.threads)
-            self.engine.take(load_network(self.work.spec), unit, self.work.scene, self.phase)
+            network, known = load_network(self.work.spec), 0
+
+            def on_step(done: float) -> None:
+                nonlocal known
+                self.halt.check()
+                rows = int(done * unit.core.height)
+                if self.progress is not None:
+                    self.progress((rows - known) * unit.core.width)
+                known = rows
+
+            self.engine.take(network, unit, self.work.scene, self.phase, on_step)
+
+    def stop(self) -> None:
+        """No more is wanted: a band under way ends with its step."""
+        self.halt.set()

@@ -80,10 +80,9 @@ class Plan:
         if self.engine == "tiles":
             return TilesEngine(self.stride)
         if self.phases is None:
-            return StreamEngine(self.step)
-        return PhasedEngine(
-            self.step, self.phases, sums, Scratch(rows, self.scratch) if self.scratch else None
-        )
+            return StreamEngine(self.step, self.stride, self.halo)
+        scratch = Scratch(rows, self.scratch) if self.scratch else None
+        return PhasedEngine(self.step, self.stride, self.phases, sums, scratch)
 
     def reusing(self, rule: str) -> "Plan":
         """The same where parts of the result are by `rule` those of an earlier one."""

@@ -4,11 +4,13 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigvision.jobs.process.cluster import threads_each
 from bigvision.jobs.process.finishing import finish
+from bigvision.jobs.process.following import followed, stored_pixels
 from bigvision.jobs.process.geometry import analyse
 from bigvision.jobs.process.ledger import Ledger, open_ledger
 from bigvision.jobs.process.network import NetworkSpec, load_network, network_for, network_spec
@@ -203,26 +205,34 @@ def _compute(
         for phase in range(plan.phases or 0)
     ]
     # A band's pixels count in equal parts for each of its passes.
-    pixels = sum(_pixels(units) for units in (*to_sum, left)) // (1 + len(to_sum))
+    passes = 1 + len(to_sum)
+    pixels = (sum(_pixels(units) for units in (*to_sum, left)) - stored_pixels(ledger, left)) // passes
     watcher.planned(scene.raster.name, plan, scene.shape[1] * scene.shape[2], pixels)
     final = replace(spec, dtype=plan.dtype, compile=options.compile)
     kind = ResultKind(options.output, load_network(spec).classes, options.threshold)
     engine = plan.runs(store, ledger.rows)
     work = Work(scene, final, engine, kind, writer, ledger, threads_each(options))
-    tasks = len(left) + sum(map(len, to_sum))
 
-    def progress(_: int, __: int) -> None:
-        watcher.computed(pixels / tasks)
+    def progress(more: float) -> None:
+        watcher.computed(more / passes)
 
     for phase, units in enumerate(to_sum):
         assert isinstance(engine, PhasedEngine)
-        runner = PhaseRunner(work, engine, phase)
-        map_tiles(runner, Unread(), None, units, client=client, workers=1, progress=progress)
+        summed = partial(_summed, store, phase, units)
+        with followed(progress, remote=client is not None, stored=summed) as tell:
+            bands_of = PhaseRunner(work, engine, phase, tell)
+            map_tiles(bands_of, Unread(), None, units, client=client, workers=1)
         engine.forget(final, scene, phase)
-    map_tiles(
-        UnitRunner(work), Unread(), None, left, client=client, workers=engine.at_once, progress=progress
-    )
+    stored = partial(stored_pixels, ledger, left)
+    with followed(progress, remote=client is not None, stored=stored) as tell:
+        units_of = UnitRunner(work, tell)
+        map_tiles(units_of, Unread(), None, left, client=client, workers=engine.at_once)
     return pixels
+
+
+def _summed(store: PhaseStore, phase: int, units: Sequence[Tile]) -> int:
+    done = store.done(phase)
+    return _pixels([unit for unit in units if unit.index in done])
 
 
 def _pixels(units: Sequence[Tile]) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from math import lcm
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ from torch import nn
 from bigvision.graph.geometry import trace_padded
 from bigvision.jobs.process.engine import Piece
 from bigvision.jobs.process.network import Network
-from bigvision.jobs.process.scene import Scene
 from bigvision.streaming import StreamedModel
 from bigvision.streaming.checkpoints import Scratch
 from bigvision.streaming.footprint import forward_bytes
@@ -33,17 +33,30 @@ from tiling import Tile
 class StreamEngine:
     """Line buffers instead of overlapping tiles: only a band's own halo is computed twice.
 
-    rows: image rows a step.
+    rows: image rows a step. stride, halo: alignment of bands and context above and below them.
     """
 
     rows: int
+    stride: int
+    halo: int
     at_once: int = 1  # a unit overlaps its own reading, computing and writing
 
-    def read(self, scene: Scene, unit: Tile) -> Scene:
+    def read(self, scene: Pixels, unit: Tile) -> Pixels:
         """The scene itself, which is read by rows while they are computed."""
         return scene
 
-    def pieces(self, network: Network, unit: Tile, read: Scene) -> Iterator[Piece]:
+    def below(self, unit: Tile, rows: int) -> Tile:
+        """A shorter band, which begins whole steps lower.
+
+        One step more than its halo above: whatever is kept of it is computed in steps that begin and end
+        where those of the whole band do, by kernels that see the same shapes.
+        """
+        core = cut_rows(unit.core, rows)
+        step, top = lcm(self.rows, self.stride), unit.padded.row_off
+        skipped = max(0, core.row_off - self.halo - self.rows - top) // step * step
+        return Tile(unit.index, core, cut_rows(unit.padded, skipped))
+
+    def pieces(self, network: Network, unit: Tile, read: Pixels) -> Iterator[Piece]:
         """Rows of the core as they leave the network."""
         core, padded = unit.core, unit.padded
         model = streamed_model(network, (read.shape[0], padded.height, padded.width), self.rows)
@@ -55,6 +68,11 @@ class StreamEngine:
                     continue
                 window = Window(core.col_off, padded.row_off + start, core.width, stop - start)
                 yield Piece(window, logits[0, :, start - row : stop - row], source.valid(start, stop))
+
+
+def cut_rows(window: Window, rows: int) -> Window:
+    """A window without its first rows."""
+    return Window(window.col_off, window.row_off + rows, window.width, window.height - rows)
 
 
 def program_of(

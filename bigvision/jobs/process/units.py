@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from rasterio.windows import Window
 
-from bigvision.jobs.process.engine import Engine
+from bigvision.jobs.process.engine import Engine, Piece
+from bigvision.jobs.process.following import Progress
 from bigvision.jobs.process.ledger import Ledger
 from bigvision.jobs.process.network import Network, NetworkSpec, load_network
 from bigvision.jobs.process.results import ResultKind
@@ -43,6 +44,50 @@ class Work:
     threads: int | None = None
 
 
+class StoppedError(RuntimeError):
+    """The job was stopped while a unit was computed."""
+
+
+class Stop:
+    """Asks threads that compute to end, as soon as they look."""
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+
+    def set(self) -> None:
+        """Ask."""
+        self._asked.set()
+
+    def check(self) -> None:
+        """StoppedError if asked."""
+        if self._asked.is_set():
+            raise StoppedError("the job was stopped")
+
+    def checked(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """The same, looking before each."""
+        for piece in pieces:
+            self.check()
+            yield piece
+
+
+@dataclass(frozen=True)
+class Stoppable:
+    """A scene that can't be read any more once the job is stopped."""
+
+    scene: Scene
+    halt: Stop
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The scene's."""
+        return self.scene.shape
+
+    def read(self, window: Window) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """As the scene does; StoppedError once the job is stopped."""
+        self.halt.check()
+        return self.scene.read(window)
+
+
 class UnitRunner:
     """What `map_tiles` calls with a unit; it stores the result itself.
 
@@ -50,8 +95,8 @@ class UnitRunner:
     one thread of its own computes, so that all three overlap and the kernels have one pool of threads.
     """
 
-    def __init__(self, work: Work) -> None:
-        self.work = work
+    def __init__(self, work: Work, progress: Progress | None = None) -> None:
+        self.work, self.progress, self.halt = work, progress, Stop()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="network")
         self.room = threading.BoundedSemaphore(work.engine.at_once)
 
@@ -59,15 +104,31 @@ class UnitRunner:
         return UnitRunner, (self.work,)
 
     def __call__(self, _: NDArray[Any], unit: Tile) -> None:
-        """Compute and store one unit."""
+        """Compute and store one unit, from where an earlier run or worker left it."""
+        engine, log = self.work.engine, self.work.ledger.strips
         with self.room, freed_memory_kept():
-            made = self._strips(unit, self.work.engine.read(self.work.scene, unit))
-            # The network's thread makes strip after strip; this one writes each while the next is made.
-            making = self.thread.submit(self._next, made)
-            while (strip := making.result()) is not None:
+            known = log.rows(unit.index)
+            if known < unit.core.height:
+                left = engine.below(unit, known)
+                made = self._strips(left, engine.read(Stoppable(self.work.scene, self.halt), left))
+                # The network's thread makes strip after strip; this one writes each while the next is made.
                 making = self.thread.submit(self._next, made)
-                self.work.writer.write(*strip)
+                while (strip := making.result()) is not None:
+                    making = self.thread.submit(self._next, made)
+                    self._store(unit, *strip)
         self.work.ledger.mark(unit.index)
+
+    def stop(self) -> None:
+        """No more is wanted: units under way end with their step; what is stored of them stays."""
+        self.halt.set()
+
+    def _store(self, unit: Tile, pixels: NDArray[Any], window: Window) -> None:
+        self.work.writer.write(pixels, window)
+        done = window.row_off + window.height - unit.core.row_off
+        if done < unit.core.height:
+            self.work.ledger.strips.add(unit.index, done)
+        if self.progress is not None:
+            self.progress(window.height * window.width)
 
     @cached_property
     def _network(self) -> Network:
@@ -76,7 +137,7 @@ class UnitRunner:
         return load_network(self.work.spec)
 
     def _strips(self, unit: Tile, read: Any) -> Iterator[Strip]:
-        pieces = self.work.engine.pieces(self._network, unit, read)
+        pieces = self.halt.checked(self.work.engine.pieces(self._network, unit, read))
         yield from strips(pieces, unit.core, self.work.writer.shard[0], self.work.kind)
 
     def _next(self, made: Iterator[Strip]) -> Strip | None:
