@@ -30,12 +30,17 @@ BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of TIFF 6.0
 WHITE_IS_ZERO = 0
 
 
+def printable(name: str) -> str:
+    """A file's name for people: bytes of it that are no UTF-8 stand as `\\udcXX`."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 class DamagedRecordError(Exception):
     """One image that cannot be read; `record` says which, `reason` why. Counted and left out, never fatal."""
 
     def __init__(self, record: str, reason: str) -> None:
         super().__init__(record, reason)  # both, so that it survives the pickling between worker processes
-        self.record = record
+        self.record = printable(record)
         self.reason = reason
 
     def __str__(self) -> str:
@@ -54,6 +59,10 @@ class FaceSource(Protocol):
 
     def read(self, index: int) -> tuple[np.ndarray, int]:
         """Image uint8 [H, W, 3] and label of one position; raises `DamagedRecordError`."""
+        ...
+
+    def labels(self) -> np.ndarray:
+        """Labels int64 of all positions, -1 where one can't be read."""
         ...
 
 

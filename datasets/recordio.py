@@ -13,6 +13,7 @@ All little-endian. The `.idx` file is text: one `key<TAB>byte offset` a line. (F
 
 import os
 import struct
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,7 @@ from typing import BinaryIO, Self, TextIO
 
 import numpy as np
 
-from datasets.face_images import DamagedRecordError, decode_image
+from datasets.face_images import DamagedRecordError
 
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -113,20 +114,93 @@ def _aligned_magic(payload: bytes) -> list[int]:
     return [int(place) * 4 for place in np.flatnonzero(words == MAGIC)]
 
 
-class RecordFile:
+class RecordReader:
+    """Reads records of a `.rec` file by their byte offsets."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.size = self.path.stat().st_size
+        self._handle: tuple[int, BinaryIO] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_handle": None}  # a descriptor means nothing in another process
+
+    def name(self, key: int) -> str:
+        """Name a record for a report."""
+        return f"{self.path.name} record {key}"
+
+    def read_at(self, offset: int, name: str) -> bytes:
+        """Payload of the record at a byte offset; raises `DamagedRecordError` for a broken one."""
+        parts: list[bytes] = []
+        flag = MIDDLE
+        while flag in (FIRST, MIDDLE):
+            flag, length = self._part(offset, name, first=not parts)
+            parts.append(self._pread(offset + PART.size, length))
+            offset += PART.size + length + -length % 4
+        return MAGIC_BYTES.join(parts)
+
+    def start_of(self, offset: int, name: str, count: int) -> bytes:
+        """The first bytes, `count` at most, of the payload at a byte offset: nothing more is read of it."""
+        flag, length = self._part(offset, name, first=True)
+        if length < count and flag != WHOLE:
+            return self.read_at(offset, name)[:count]
+        return self._pread(offset + PART.size, min(count, length))
+
+    def after(self, offset: int, name: str) -> int:
+        """The offset behind the record at one, found by its parts' headers alone."""
+        flag, first = MIDDLE, True
+        while flag in (FIRST, MIDDLE):
+            flag, length = self._part(offset, name, first=first)
+            offset, first = offset + PART.size + length + -length % 4, False
+        return offset
+
+    def next_magic(self, place: int, window: int = 1 << 22) -> int:
+        """The next offset, `place` at least, where the magic word stands; the file's end where none does."""
+        while place < self.size:
+            found = _aligned_magic(self._pread(place, window))
+            if found:
+                return place + found[0]
+            place += window
+        return self.size
+
+    def _part(self, offset: int, name: str, *, first: bool) -> tuple[int, int]:
+        """Flag and length of the part at a byte offset; `DamagedRecordError` where there is none."""
+        head = self._pread(offset, PART.size)
+        if len(head) < PART.size:
+            raise DamagedRecordError(
+                name, f"the file ends at {self.size}, inside the header at byte {offset}"
+            )
+        magic, lrecord = PART.unpack(head)
+        flag, length = lrecord >> 29, lrecord & MAX_PART
+        if magic != MAGIC:
+            raise DamagedRecordError(name, f"no record starts at byte {offset} (found 0x{magic:08x})")
+        if flag not in ((WHOLE, FIRST) if first else (MIDDLE, LAST)):
+            raise DamagedRecordError(name, f"part flag {flag} is out of sequence at byte {offset}")
+        there = self.size - offset - PART.size
+        if length > there:
+            raise DamagedRecordError(name, f"{length} bytes announced at byte {offset}, {there} in the file")
+        return flag, length
+
+    def _pread(self, offset: int, count: int) -> bytes:
+        if offset < 0:
+            return b""  # a damaged index; nothing is there
+        if self._handle is None or self._handle[0] != os.getpid():
+            self._handle = (os.getpid(), self.path.open("rb", buffering=0))
+        return os.pread(self._handle[1].fileno(), count, offset)
+
+
+class RecordFile(RecordReader):
     """Random access to the records of a `.rec` file by key.
 
-    With an index the keys are its own. Without one the file is scanned once and keys count the records; the
-    scan steps over damage to the next magic word and remembers where it was in `gaps`.
+    With an index the keys are its own. Without one the headers are walked once and keys count the records;
+    the walk steps over damage to the next magic word and remembers where it was in `gaps`.
 
     Raises ValueError when the index is malformed, or the file ends before its last record does (truncated).
     """
 
     def __init__(self, path: str | Path, index: str | Path | None = None) -> None:
-        self.path = Path(path)
-        self.size = self.path.stat().st_size
+        super().__init__(path)
         self.gaps: list[int] = []
-        self._handle: tuple[int, BinaryIO] | None = None
         index = self.path.with_suffix(".idx") if index is None else Path(index)
         if index.is_file():
             self.keys, self.offsets = _read_index(index)
@@ -140,9 +214,6 @@ class RecordFile:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_handle": None}  # a descriptor means nothing in another process
-
     def read(self, key: int) -> bytes:
         """Payload of a record; raises KeyError for an unknown key and `DamagedRecordError` for a broken
         record.
@@ -150,43 +221,7 @@ class RecordFile:
         place = int(np.searchsorted(self._sorted_keys, key))
         if place == len(self._sorted_keys) or self._sorted_keys[place] != key:
             raise KeyError(f"{self.path} has no record {key}")
-        return self._read_at(int(self._sorted_offsets[place]), self.name(key))[0]
-
-    def name(self, key: int) -> str:
-        """Name a record for a report."""
-        return f"{self.path.name} record {key}"
-
-    def _read_at(self, offset: int, name: str) -> tuple[bytes, int]:
-        """Payload of the record at a byte offset, and the offset behind it."""
-        parts: list[bytes] = []
-        while True:
-            head = self._pread(offset, PART.size)
-            if len(head) < PART.size:
-                raise DamagedRecordError(
-                    name, f"the file ends at {self.size}, inside the header at byte {offset}"
-                )
-            magic, lrecord = PART.unpack(head)
-            flag, length = lrecord >> 29, lrecord & MAX_PART
-            if magic != MAGIC:
-                raise DamagedRecordError(name, f"no record starts at byte {offset} (found 0x{magic:08x})")
-            if flag not in ((MIDDLE, LAST) if parts else (WHOLE, FIRST)):
-                raise DamagedRecordError(name, f"part flag {flag} is out of sequence at byte {offset}")
-            part = self._pread(offset + PART.size, length)
-            if len(part) < length:
-                raise DamagedRecordError(
-                    name, f"{length} bytes announced at byte {offset}, {len(part)} in the file"
-                )
-            parts.append(part)
-            offset += PART.size + length + -length % 4
-            if flag in (WHOLE, LAST):
-                return MAGIC_BYTES.join(parts), offset
-
-    def _pread(self, offset: int, count: int) -> bytes:
-        if offset < 0:
-            return b""  # a damaged index; nothing is there
-        if self._handle is None or self._handle[0] != os.getpid():
-            self._handle = (os.getpid(), self.path.open("rb", buffering=0))
-        return os.pread(self._handle[1].fileno(), count, offset)
+        return self.read_at(int(self._sorted_offsets[place]), self.name(key))
 
     def _check_length(self, index: Path) -> None:
         if not len(self.offsets):
@@ -197,7 +232,7 @@ class RecordFile:
                 raise DamagedRecordError(
                     "", f"record at byte {last} is beyond the end of the file at {self.size}"
                 )
-            self._read_at(last, "last record")
+            self.after(last, "last record")
         except DamagedRecordError as error:
             if "ends at" in error.reason or "in the file" in error.reason or "beyond" in error.reason:
                 raise ValueError(
@@ -206,14 +241,14 @@ class RecordFile:
 
     def _scan(self) -> np.ndarray:
         """Offsets of all records, found by walking the file; damage is stepped over and kept in `gaps`."""
-        offsets: list[int] = []
+        offsets = array("q")
         place = 0
         while place < self.size:
             try:
-                after = self._read_at(place, f"record at byte {place}")[1]
+                after = self.after(place, f"record at byte {place}")
             except DamagedRecordError:
                 self.gaps.append(place)
-                place = self._next_magic(place + 4)
+                place = self.next_magic(place + 4)
                 continue
             offsets.append(place)
             place = after
@@ -221,94 +256,18 @@ class RecordFile:
             raise ValueError(
                 f"{self.path} holds no record: no magic word 0x{MAGIC:08x} in its {self.size} bytes"
             )
-        return np.asarray(offsets, np.int64)
-
-    def _next_magic(self, place: int, window: int = 1 << 22) -> int:
-        while place < self.size:
-            found = _aligned_magic(self._pread(place, window))
-            if found:
-                return place + found[0]
-            place += window
-        return self.size
+        return np.array(offsets, np.int64)
 
 
 def _read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    text = path.read_text()
     try:
-        values = np.array(text.split(), np.int64)
+        if not path.stat().st_size:
+            raise ValueError(f"{path} lists no record")
+        values = np.loadtxt(path, np.int64, ndmin=2, comments=None)
     except ValueError as error:
+        if "columns changed" in str(error):
+            raise ValueError(f"{path} is cut short: {error}") from error
         raise ValueError(f"{path} is not a RecordIO index of `key<TAB>offset` lines: {error}") from error
-    if values.size % 2:
-        raise ValueError(f"{path} is cut short: {values.size} numbers are not pairs of key and offset")
-    return values[0::2].copy(), values[1::2].copy()
-
-
-class RecordFaces:
-    """Face images of a RecordIO file, with the layout of the public face training sets.
-
-    Record 0, where it carries two labels, says that images have keys 1 ... first - 1 and that the records
-    first ... last - 1 stand for the identities; else every record is an image. The label is the first of an
-    image's. The number of identities comes from record 0, from the `property` file beside
-    (`classes,height,width`), or from reading all headers. Labels are float32 in this format: exact up to 16.7
-    million identities.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        path = Path(path)
-        self.records = RecordFile(path / "train.rec" if path.is_dir() else path)
-        self._keys = self.records.keys
-        self.num_classes = self._layout()
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def read(self, index: int) -> tuple[np.ndarray, int]:
-        """Image uint8 [H, W, 3] and label of one position; raises `DamagedRecordError`."""
-        record = self._record(int(self._keys[index]))
-        name = self.records.name(int(self._keys[index]))
-        return decode_image(record.data, name), _identity(record, name)
-
-    def _record(self, key: int) -> ImageRecord:
-        return unpack_image_record(self.records.read(key), self.records.name(key))
-
-    def _layout(self) -> int:
-        """Set the image keys and return the number of identities."""
-        counted = None
-        if 0 in self._keys[:1]:
-            try:
-                first = self._record(0)
-                if len(first.labels) > 1:
-                    begin, end = (_whole(label, "record 0") for label in first.labels[:2])
-                    self._keys = self._keys[(self._keys > 0) & (self._keys < begin)]
-                    counted = end - begin
-            except DamagedRecordError:
-                pass  # a damaged first record says nothing: fall through to the other two ways
-        described = self.records.path.with_name("property")
-        if described.is_file():
-            counted = int(described.read_text().split(",")[0])
-        if not len(self._keys):
-            raise ValueError(f"{self.records.path} holds no image record")
-        return counted if counted else self._largest_label() + 1
-
-    def _largest_label(self) -> int:
-        largest = -1
-        for key in self._keys:
-            try:
-                name = self.records.name(int(key))
-                largest = max(largest, _identity(self._record(int(key)), name))
-            except DamagedRecordError:
-                continue
-        if largest < 0:
-            raise ValueError(f"{self.records.path}: none of its {len(self._keys)} records can be read")
-        return largest
-
-
-def _identity(record: ImageRecord, name: str) -> int:
-    """The label of an image; a damaged record where it is no number from 0 on."""
-    return _whole(record.labels[0], name)
-
-
-def _whole(label: float, name: str) -> int:
-    if not (label >= 0 and label.is_integer()):
-        raise DamagedRecordError(name, f"the label {label} is no whole number from 0 on")
-    return int(label)
+    if values.shape[1] != 2:
+        raise ValueError(f"{path} is not a RecordIO index: {values.shape[1]} numbers in a line, not 2")
+    return values[:, 0].copy(), values[:, 1].copy()

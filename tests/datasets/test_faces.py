@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from datasets.face_images import DamagedRecordError, FaceSource, fit_square
-from datasets.faces import FolderFaces, IdentityRange, open_faces
+from datasets.face_index import left_out_text
+from datasets.faces import FolderFaces, IdentityRange, check_labels, open_faces
 from datasets.identities import SyntheticIdentities
-from datasets.recordio import RecordFaces
+from datasets.recordio import ImageRecord, RecordWriter, pack_image_record
 from datasets.shards import TarFaces, expand_shards
 
 
@@ -160,14 +163,106 @@ def test_sources_by_name(tree: Path, tmp_path_factory: pytest.TempPathFactory) -
             open_faces(spec)
 
 
-def test_a_source_that_does_not_know_its_labels_has_no_ranges(tmp_path: Path) -> None:
-    from datasets.recordio import ImageRecord, RecordWriter, pack_image_record
+def records(path: Path, labels: list[float]) -> Path:
+    with RecordWriter(path) as writer:
+        for key, label in enumerate(labels):
+            writer.write(key, pack_image_record(ImageRecord((label,), 0, picture(key))))
+    return path
 
-    with RecordWriter(tmp_path / "a.rec") as writer:
-        writer.write(0, pack_image_record(ImageRecord((1.0,), 0, picture(1))))
-    assert isinstance(open_faces(f"rec:{tmp_path / 'a.rec'}"), RecordFaces)
-    with pytest.raises(ValueError, match="no list of labels"):
-        open_faces(f"rec:{tmp_path / 'a.rec'}@0:1")
+
+def test_any_source_has_ranges(tmp_path: Path) -> None:
+    source = open_faces(f"rec:{records(tmp_path / 'a.rec', [1.0, 0.0, 2.0, 1.0])}@1:3")
+    assert (len(source), source.num_classes, source.labels().tolist()) == (3, 2, [0, 1, 0])
+    assert [(int(image[0, 0, 0]), label) for image, label in map(source.read, range(3))] == [
+        (0, 0),
+        (2, 1),
+        (3, 0),
+    ]
+
+
+def test_what_is_no_image_is_counted(tree: Path) -> None:
+    (tree / ".ipynb_checkpoints").mkdir()
+    (tree / ".ipynb_checkpoints" / "1.png").write_bytes(picture(9))
+    (tree / "bo" / ".DS_Store").touch()
+    (tree / "bo" / "deeper").mkdir()
+    (tree / "bo" / "LICENSE").write_text("words")
+    (tree / "bo" / "without").write_bytes(picture(7))
+    (tree / "bo" / "a.jfif").write_bytes(picture(6, "JPEG"))
+    (tree / "beside.png").write_bytes(picture(8))
+    faces = FolderFaces(tree)
+    assert (faces.names, len(faces)) == (["al", "bo"], 5)
+    assert left_out_text(faces.left_out) == (
+        "; left out: 1 .txt, 1 beside the identities' folders, 1 folders in an identity's folder, 2 hidden, "
+        "1 without a suffix, no image"
+    )
+
+
+def test_an_empty_folder_says_what_stands_there(tree: Path) -> None:
+    for path in tree.rglob("*.pgm"):
+        path.rename(path.with_suffix(".heic"))
+    with pytest.raises(ValueError, match=r"no image in any of its folders .*; left out: 3 \.heic, 1 \.txt"):
+        FolderFaces(tree)
+
+
+def test_labels_in_words_are_numbered_in_their_order(tmp_path: Path) -> None:
+    files = [(f"{key}.png", picture(key)) for key in range(4)]
+    names = ["zoe", "al", "zoe", ""]
+    path = shard(tmp_path / "a.tar", [*files, *((f"{k}.cls", n.encode()) for k, n in enumerate(names))])
+    faces = TarFaces(str(path))
+    assert (faces.names, faces.labels().tolist()) == (["al", "zoe"], [1, 0, 1, -1])
+    with pytest.raises(DamagedRecordError, match=r"a\.tar/3\.png: no readable label"):
+        faces.read(3)
+
+
+def test_one_word_among_numbers_is_a_damaged_label(tmp_path: Path) -> None:
+    labels = [b"0", b"3", b"\xff\x00", b"-1", b"1"]
+    files = [
+        (f"{key}.{kind}", data)
+        for key, label in enumerate(labels)
+        for kind, data in (("png", picture(key)), ("cls", label))
+    ]
+    faces = TarFaces(str(shard(tmp_path / "a.tar", files)))
+    assert faces.labels().tolist() == [0, 3, -1, -1, 1]
+
+
+@given(st.lists(st.integers(0, 30) | st.integers(0, 2**40), min_size=1, max_size=8))
+def test_dense_labels_keep_their_order(tmp_path_factory: pytest.TempPathFactory, labels: list[int]) -> None:
+    folder = tmp_path_factory.mktemp("shards")
+    files = [
+        (f"{key}.{kind}", data)
+        for key, label in enumerate(labels)
+        for kind, data in (("png", picture(key)), ("cls", b"%d" % label))
+    ]
+    shard(folder / "a.tar", files)
+    faces = open_faces(f"tar:{folder}@dense")
+    expected = [sorted(set(labels)).index(label) for label in labels]
+    assert faces.labels().tolist() == expected == [faces.read(i)[1] for i in range(len(labels))]
+    assert faces.num_classes == len(set(labels))
+    assert check_labels(faces, "tar") == ""
+
+
+def test_labels_with_large_gaps_are_refused_with_what_helps(tmp_path: Path) -> None:
+    spec = f"rec:{records(tmp_path / 'a.rec', [3.0, 8000.0, 17.0])}"
+    with pytest.raises(ValueError, match=r"a\.rec record 1 has label 8000, but only 3 of 8001 .*@dense"):
+        check_labels(open_faces(spec), spec)
+    assert check_labels(open_faces(f"{spec}@dense"), spec) == ""
+
+
+def test_few_identities_without_an_image_are_told(tmp_path: Path) -> None:
+    spec = f"rec:{records(tmp_path / 'a.rec', [0.0, 3.0, 1.0])}"
+    assert check_labels(open_faces(spec), spec) == "1 of 4 identities have no image"
+
+
+def test_labels_beyond_the_sets_own_count_are_refused(tmp_path: Path) -> None:
+    spec = f"rec:{records(tmp_path / 'a.rec', [0.0, 3.0, 1.0])}"
+    (tmp_path / "property").write_text("3,112,112")
+    with pytest.raises(ValueError, match="record 1 has label 3, but the set counts 3 identities"):
+        check_labels(open_faces(spec), spec)
+
+
+def test_a_forgotten_kind_is_proposed(tree: Path) -> None:
+    with pytest.raises(ValueError, match=f"did you mean folder:{tree}"):
+        open_faces(str(tree))
 
 
 def test_images_become_squares() -> None:

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasets.face_images import DamagedRecordError
+from datasets.record_faces import RecordFaces
 from datasets.recordio import (
     MAGIC_BYTES,
     ImageRecord,
-    RecordFaces,
     RecordFile,
     RecordWriter,
     pack_image_record,
