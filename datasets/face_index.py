@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import time
-import uuid
 from array import array
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,8 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from safetensors.numpy import save_file
+
+from tiling.publish import discard, publish, staging_name
 
 WORTH_KEEPING = 100_000  # images
 STILL_MOVING = 2.0  # seconds: a folder changed so shortly before it was listed may have changed again since
@@ -167,13 +168,13 @@ def _fresh(places: list[Path], state: str, newest: float) -> FaceIndex | None:
 
 
 def _write(path: Path, index: FaceIndex, state: str, begun: float) -> None:
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    staging = staging_name(path)
     texts = dict(index.texts) | {"state": state, "begun": begun}
     try:
-        save_file(dict(index.arrays), partial, {"texts": json.dumps(texts)})
-        partial.replace(path)
+        save_file(dict(index.arrays), staging, {"texts": json.dumps(texts)})
+        publish(staging, path)
     finally:
-        partial.unlink(missing_ok=True)
+        discard(staging)
 
 
 def _cached(place: Path) -> Path:
