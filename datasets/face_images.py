@@ -85,6 +85,15 @@ def _starts_as_image(path: Path) -> bool:
         return False
 
 
+def kind_of_file(path: Path) -> str:
+    """What an entry is that is no image: for a count of what was left out."""
+    if path.name.startswith("."):
+        return "hidden"
+    if path.is_dir():
+        return "folders in an identity's folder"
+    return printable(path.suffix.lower()) or "without a suffix, no image"
+
+
 def decode_image(data: bytes, record: str) -> np.ndarray:
     """Decode an encoded image (JPEG, PNG, PGM, ...) to uint8 [H, W, 3].
 

@@ -87,7 +87,7 @@ def name_at(index: FaceIndex, kind: str, position: int) -> str:
 
 
 def left_out_text(left_out: Mapping[str, int]) -> str:
-    """``; left out: 3 .txt, 1 hidden`` or nothing."""
+    """``; left out: 3 .txt, 1 hidden``, or nothing."""
     counts = [f"{count:,} {kind}" for kind, count in sorted(left_out.items())]
     return f"; left out: {', '.join(counts)}" if counts else ""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.face_images import DamagedRecordError, FaceSource, decode_image, is_image_file
+from datasets.face_images import DamagedRecordError, FaceSource, decode_image, is_image_file, kind_of_file
 from datasets.face_index import FaceIndex, NameList, face_index, left_out_text, name_at
 from datasets.identities import SyntheticIdentities
 from datasets.record_faces import RecordFaces
@@ -94,7 +94,7 @@ def _list_tree(root: Path, folders: list[Path]) -> FaceIndex:
             if is_image_file(entry) and entry.is_file():
                 images.append(entry.name)
             else:
-                left_out[_kind(entry)] += 1
+                left_out[kind_of_file(entry)] += 1
         for name in sorted(images):
             files.append(name)
             labels.append(len(identities))
@@ -106,14 +106,6 @@ def _list_tree(root: Path, folders: list[Path]) -> FaceIndex:
         **identities.arrays("identities"),
     }
     return FaceIndex(arrays, {"left_out": dict(+left_out)})
-
-
-def _kind(entry: Path) -> str:
-    if _hidden(entry):
-        return "hidden"
-    if entry.is_dir():
-        return "folders in an identity's folder"
-    return entry.suffix.lower() or "without a suffix, no image"
 
 
 class _Relabelled:

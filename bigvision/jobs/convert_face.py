@@ -6,7 +6,9 @@ config      `configs/NAME.py`: assignments to `config.X`, read and not run    ->
 """
 
 import ast
+import operator
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bigvision.models.embedding import BackboneSpec, build_backbone, save_backbone
+from bigvision.models.iresnet import DEPTHS
 from bigvision.models.weights import told
 from tiling.publish import publish
 
@@ -24,6 +27,7 @@ NETWORKS = {
     "r34": "iresnet34",
     "r50": "iresnet50",
     "r100": "iresnet100",
+    "r200": "iresnet200",
     "mbf": "mobilefacenet",
     "mbf_large": "mobilefacenet_large",
 }
@@ -73,8 +77,7 @@ def recognise(state: dict[str, Tensor], source: Path) -> str:
         wide = state["conv_sep.layers.0.weight"].shape[1] > 256
         return "mobilefacenet_large" if wide else "mobilefacenet"
     units = [len({key.split(".")[1] for key in state if key.startswith(f"layer{n}.")}) for n in range(1, 5)]
-    known = {(2, 2, 2, 2): "18", (3, 4, 6, 3): "34", (3, 4, 14, 3): "50", (3, 13, 30, 3): "100"}
-    depth = next((name for depths, name in known.items() if list(depths) == units), None)
+    depth = next((depth for depth, depths in DEPTHS.items() if list(depths) == units), None)
     if depth is None or "fc.weight" not in state:
         raise ValueError(
             f"{source} holds the weights of none of the known backbones: "
@@ -84,9 +87,10 @@ def recognise(state: dict[str, Tensor], source: Path) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The literal values that a config assigns to `config.NAME`; nothing of the file is run.
+    """The values that a config assigns to `config.NAME`: literals, and arithmetic of numbers and of values
+    assigned before. Nothing of the file is run.
 
-    Raises ValueError where the file is no Python, or a value is more than a literal.
+    Raises ValueError where the file is no Python, or a value is more than that.
     """
     try:
         tree = ast.parse(path.read_text(), str(path))
@@ -98,9 +102,12 @@ def read_config(path: Path) -> dict[str, Any]:
             continue
         name = statement.targets[0].attr
         try:
-            found[name] = _literal(statement.value)
-        except ValueError as error:
-            raise ValueError(f"{path} line {statement.lineno}: {name} is more than a plain value") from error
+            found[name] = _value(statement.value, found)
+        except (ValueError, ArithmeticError, TypeError) as error:
+            what = f"{name} = {ast.unparse(statement.value)}"
+            raise ValueError(
+                f"{path} line {statement.lineno}: {what} is more than a plain value: {error}"
+            ) from error
     if not found:
         raise ValueError(f"{path} assigns nothing to a config")
     return found
@@ -121,7 +128,9 @@ def config_arguments(config: dict[str, Any], ranks: int) -> tuple[list[str], lis
     if margin is not None:
         taken["margin"] = ",".join(f"{value:g}" for value in margin)
     rate = rest.pop("sample_rate", 1)
-    taken["active"] = "all" if rate >= 1 else f"sampled:{rate:g}"
+    taken["active"] = "all" if rate >= 1 else f"sampled:{max(rate, 1e-9):g}"  # 0: only the batch's
+    if rate < 1 and rest.get("optimizer", "sgd") == "sgd":
+        taken["inactive"] = "dense"  # theirs moves all centres, also those that were not sampled
     # Theirs passes as many whole batches before an update; here one batch of that size is passed in parts.
     parts = int(rest.get("gradient_acc", 1))
     taken["batch-size"] = str(int(rest.pop("batch_size", 128)) * ranks * parts)
@@ -131,6 +140,8 @@ def config_arguments(config: dict[str, Any], ranks: int) -> tuple[list[str], lis
     for theirs, ours in SAME.items():
         if rest.get(theirs) is not None:
             taken[ours] = f"{rest.pop(theirs)}"
+    if "warmup" in taken:
+        taken["warmup"] = str(max(0, float(taken["warmup"])))  # theirs has none where it is negative
     if rest.get("optimizer", "sgd") == "sgd":
         rest.pop("optimizer", None)
     targets = [
@@ -156,10 +167,32 @@ SAME = {
 }
 
 
-def _literal(node: ast.expr) -> Any:
-    """A literal, also one with arithmetic of numbers such as 512 * 2."""
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-        return _literal(node.left) * _literal(node.right)
+ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+
+
+def _value(node: ast.expr, known: dict[str, Any]) -> Any:
+    """A literal, arithmetic of numbers, or `config.NAME` of a value known already."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        if node.attr not in known:
+            raise ValueError(f"{node.attr} has no value before it")
+        return known[node.attr]
+    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
+        left, right = _value(node.left, known), _value(node.right, known)
+        if not (isinstance(left, int | float) and isinstance(right, int | float)):
+            raise ValueError("only numbers are reckoned with")
+        return ARITHMETIC[type(node.op)](left, right)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand, known)
+    if isinstance(node, ast.Tuple | ast.List):
+        items = [_value(item, known) for item in node.elts]
+        return tuple(items) if isinstance(node, ast.Tuple) else items
     return ast.literal_eval(node)
 
 

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,15 @@ from bigvision.jobs.faces.embed import Embedder
 from bigvision.jobs.faces.search import identity_templates, nearest
 from datasets.alignment import align_face, read_landmarks
 from datasets.face_images import (
-    IMAGE_SUFFIXES,
     DamagedRecordError,
     FaceSource,
     decode_image,
     fit_square,
+    is_image_file,
+    kind_of_file,
+    printable,
 )
+from datasets.face_index import left_out_text
 from datasets.faces import FolderFaces, open_faces
 from tiling.publish import publish
 
@@ -65,10 +69,14 @@ class Aligned:
 
     def __init__(self, source: FolderFaces, landmarks: dict[str, np.ndarray], size: int) -> None:
         self.source, self.landmarks, self.size = source, landmarks, size
-        self.num_classes, self.names = source.num_classes, source.names
+        self.num_classes, self.names, self.left_out = source.num_classes, source.names, source.left_out
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def labels(self) -> np.ndarray:
+        """Labels int64 of all positions."""
+        return self.source.labels()
 
     def read(self, index: int) -> tuple[np.ndarray, int]:
         """Aligned image uint8 [S, S, 3] and label; an image without landmarks is a damaged record."""
@@ -109,7 +117,8 @@ def build_gallery(
         rows, labels = identity_templates(rows, labels)
     gallery = Gallery(rows, labels, identity_names(source), fingerprint(options.weights))
     save_gallery(gallery, out)
-    return gallery, found.damaged
+    left_out = left_out_text(getattr(source, "left_out", {}))
+    return gallery, (*found.damaged, *([f"{data}{left_out}"] if left_out else []))
 
 
 def identity_names(source: FaceSource) -> list[str]:
@@ -159,20 +168,22 @@ def identify(
     gallery = load_gallery(gallery_path)
     if gallery.weights != fingerprint(options.weights):
         raise ValueError(f"{gallery_path} was made with other weights than {options.weights}")
-    paths = [path for given in images for path in _image_paths(given)]
+    paths, damaged = _image_paths(images)
     if not paths:
-        raise ValueError(f"no image at {', '.join(map(str, images))}")
+        raise ValueError(f"no image at {', '.join([*map(str, images), *damaged])}")
     embedder = load_embedder(options)
     find = None if detector is None else load_detector(detector)
     known = None if landmarks is None else read_landmarks(landmarks)
     results: list[Identified] = []
     pending: list[_Face] = []
-    damaged: list[str] = []
     for path in paths:
         try:
-            pending += _faces(path, embedder.image_size, known, find)
+            found = _faces(path, embedder.image_size, known, find)
+            pending += found
+            damaged += [] if found else [f"{printable(str(path))}: no face found"]
         except (DamagedRecordError, ValueError) as error:
-            damaged.append(f"{path}: {error}" if str(path) not in str(error) else str(error))
+            name = printable(str(path))
+            damaged.append(f"{name}: {error}" if name not in str(error) else str(error))
         if len(pending) >= FACES_AT_ONCE:
             results += _named(pending, embedder, gallery, k)
             pending = []
@@ -209,9 +220,9 @@ def _named(faces: list[_Face], embedder: Embedder, gallery: Gallery, k: int) -> 
     rows = np.concatenate([embedder.images(part) for part in pixels.split(embedder.batch_size)])
     results = []
     for face, best in zip(faces, nearest_identities(rows, gallery, k), strict=True):
-        names = [gallery.names[label] for label in best]
+        names = [printable(gallery.names[label]) for label in best]
         points = None if face.landmarks is None else face.landmarks.round(2).tolist()
-        results.append(Identified(face.image, names, list(best.values()), points))
+        results.append(Identified(printable(face.image), names, list(best.values()), points))
     return results
 
 
@@ -235,10 +246,27 @@ def nearest_identities(probes: np.ndarray, gallery: Gallery, k: int) -> list[dic
     return results
 
 
-def _image_paths(given: Path) -> list[Path]:
-    if given.is_dir():
-        return sorted(path for path in given.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    return [given] if given.is_file() else []
+def _image_paths(given: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Images among files and folders, and a line for each folder with anything else."""
+    missing = [printable(str(path)) for path in given if not path.exists()]
+    if missing:
+        raise ValueError(f"no file or folder {', '.join(missing)}")
+    paths: list[Path] = []
+    told: list[str] = []
+    for path in given:
+        if not path.is_dir():
+            paths.append(path)
+            continue
+        left_out = Counter[str]()
+        for entry in sorted(path.rglob("*")):
+            hidden = any(part.startswith(".") for part in entry.relative_to(path).parts)
+            if not hidden and is_image_file(entry) and entry.is_file():
+                paths.append(entry)
+            elif not entry.is_dir():
+                left_out["hidden" if hidden else kind_of_file(entry)] += 1
+        if left_out:
+            told.append(f"{printable(str(path))}{left_out_text(left_out)}")
+    return paths, told
 
 
 def fingerprint(weights: Path) -> str:

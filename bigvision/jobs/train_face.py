@@ -40,7 +40,8 @@ from bigvision.models.global_norm import average_statistics, with_global_norms
 from bigvision.models.weights import load_weights
 from datasets.face_batches import FEWEST, TrainingBatches, training_loader
 from datasets.face_images import FaceSource
-from datasets.faces import open_faces
+from datasets.face_index import left_out_text
+from datasets.faces import check_labels, open_faces
 from heads import ShardedMarginHead
 
 FIXED = (
@@ -83,7 +84,8 @@ def train(options: TrainOptions, world: World) -> None:
     """
     with world.together("reading the data"):
         source = open_faces(options.data, size=options.image_size)
-        classes = source.num_classes if options.classes == "auto" else int(options.classes)
+        told = [check_labels(source, options.data), left_out_text(getattr(source, "left_out", {}))[2:]]
+        classes = options.class_count(source.num_classes)
         batches = TrainingBatches(
             source,
             options.batch_size,
@@ -98,7 +100,7 @@ def train(options: TrainOptions, world: World) -> None:
     with world.together("planning"):
         plan = make_plan(options, classes, len(source), world.size, world.local_size)
         if world.leads:
-            print("\n".join(plan.lines()), flush=True)
+            print("\n".join([*filter(None, told), *plan.lines()]), flush=True)
         plan.check()
     if options.plan:
         return
@@ -293,7 +295,8 @@ def _line(point: Point, steps: int) -> str:
 
 def _write_damaged(folder: Path, damaged: set[str]) -> None:
     if damaged:
-        (folder / "damaged.txt").write_text("".join(f"{name}\n" for name in sorted(damaged)))
+        text = "".join(f"{name}\n" for name in sorted(damaged))
+        (folder / "damaged.txt").write_text(text, errors="backslashreplace")
 
 
 def device_of(options: TrainOptions) -> torch.device:

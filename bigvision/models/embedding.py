@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from bigvision.models.iresnet import iresnet18, iresnet34, iresnet50, iresnet100
+from bigvision.models.iresnet import iresnet18, iresnet34, iresnet50, iresnet100, iresnet200
 from bigvision.models.mobilefacenet import mobilefacenet, mobilefacenet_large
 from bigvision.models.weights import load_weights
 
@@ -20,6 +20,7 @@ FACE_BACKBONES: dict[str, Callable[[int, int], nn.Module]] = {
     "iresnet34": iresnet34,
     "iresnet50": iresnet50,
     "iresnet100": iresnet100,
+    "iresnet200": iresnet200,
     "mobilefacenet": mobilefacenet,
     "mobilefacenet_large": mobilefacenet_large,
 }

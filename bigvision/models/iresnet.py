@@ -11,7 +11,7 @@ Shapes: x [B, 3, S, S] -> [B, dim], S the image size (112), S/16 x S/16 position
 import torch
 from torch import Tensor, nn
 
-DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3)}
+DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 200: (6, 26, 60, 6)}
 WIDTHS = (64, 128, 256, 512)
 
 
@@ -100,3 +100,8 @@ def iresnet50(dim: int = 512, image_size: int = 112, dropout: float = 0.0) -> IR
 def iresnet100(dim: int = 512, image_size: int = 112, dropout: float = 0.0) -> IResNet:
     """IResNet-100: 65.2 M parameters."""
     return IResNet(DEPTHS[100], dim, image_size, dropout)
+
+
+def iresnet200(dim: int = 512, image_size: int = 112, dropout: float = 0.0) -> IResNet:
+    """IResNet-200: 118.8 M parameters."""
+    return IResNet(DEPTHS[200], dim, image_size, dropout)

@@ -1,9 +1,12 @@
 """What comes from elsewhere and goes elsewhere: InsightFace files, ONNX and torch.export, galleries."""
 
+import os
+import shutil
 import sys
 import types
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,6 +133,49 @@ def test_a_config_is_read_without_running_it(tmp_path: Path) -> None:
     assert (options.classes, options.epochs, options.warmup, options.lr) == ("2059906", 20, 2, 0.4)
     assert options.evaluate == ("bin:/data/webface/lfw.bin", "bin:/data/webface/agedb_30.bin")
     assert rest == ["output = None", "dali = True"]
+    assert options.inactive == "dense"
+
+
+def test_arithmetic_of_values_known_before_is_reckoned(tmp_path: Path) -> None:
+    path = tmp_path / "config.py"
+    path.write_text(
+        "config = edict()\nconfig.num_epoch = 40\nconfig.warmup_epoch = config.num_epoch // 10\n"
+        "config.lr = 0.1 * (config.num_epoch + 8) / 12 - -1 % 3\nconfig.margin_list = (1, 0.0, 2 * 0.2)\n"
+    )
+    assert read_config(path) == {
+        "num_epoch": 40,
+        "warmup_epoch": 4,
+        "lr": 0.1 * 48 / 12 - 2,
+        "margin_list": (1, 0.0, 0.4),
+    }
+
+
+@pytest.mark.parametrize(("warmup", "ours"), [(-1, 0), (0, 0), (0.5, 0.5), (4, 4)])
+def test_a_negative_warmup_is_none(warmup: float, ours: float) -> None:
+    words, _ = config_arguments({"warmup_epoch": warmup}, 1)
+    assert parse([*words, "--data", "rec:a", "--out", "run"]).warmup == ours
+
+
+@pytest.mark.parametrize(
+    ("config", "inactive"),
+    [
+        ({"sample_rate": 0.1}, "dense"),
+        ({"sample_rate": 0.1, "optimizer": "sgd"}, "dense"),
+        ({"sample_rate": 0.1, "optimizer": "adamw"}, "frozen"),
+        ({"sample_rate": 1.0}, "frozen"),
+        ({}, "frozen"),
+    ],
+)
+def test_classes_left_out_of_a_step_move_as_in_the_source(config: dict[str, Any], inactive: str) -> None:
+    words, _ = config_arguments(config, 1)
+    options = parse([*words, "--data", "rec:a", "--out", "run"])
+    assert options.inactive == inactive
+    assert options.head_optimizer_settings().inactive == inactive
+
+
+def test_a_rate_of_zero_is_the_batchs_own_classes_alone() -> None:
+    words, _ = config_arguments({"sample_rate": 0}, 1)
+    assert parse([*words, "--data", "rec:a", "--out", "run"]).active == "sampled:1e-09"
 
 
 def test_accumulated_batches_become_one_in_as_many_parts() -> None:
@@ -142,7 +188,10 @@ def test_accumulated_batches_become_one_in_as_many_parts() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("config.lr = os.getpid()", "line 1: lr is more than a plain value"),
+        ("config.lr = os.getpid()", r"line 1: lr = os\.getpid\(\) is more than a plain value"),
+        ("config.lr = config.base * 2", "line 1: .*base has no value before it"),
+        ("config.lr = 1 / 0", "line 1: .*division by zero"),
+        ("config.rec = 'a' * 10**9", "line 1: .*more than a plain value"),
         ("def", "is no Python file"),
         ("x = 1", "assigns nothing to a config"),
     ],
@@ -217,6 +266,23 @@ def test_a_gallery_names_its_own_images(
         build_gallery(options, f"folder:{folder}", tmp_path / "gallery")
 
 
+def test_names_of_any_bytes_and_what_is_left_out_are_told(
+    weights: Path, folder: Path, tmp_path: Path
+) -> None:
+    strange = folder / os.fsdecode(b"\xe9")
+    strange.mkdir()
+    (strange / os.fsdecode(b"\xff.png")).write_bytes(b"damaged")
+    shutil.copy(next((folder / "p0").iterdir()), strange / "a.png")
+    (folder / "p0" / "notes.txt").touch()
+    options = EmbedOptions(weights)
+    _, left_out = build_gallery(options, f"folder:{folder}", tmp_path / "gallery")
+    found, also = identify(options, tmp_path / "gallery", [folder], k=1)
+    assert any(face.names[0] == r"\udce9" for face in found)
+    assert any("1 .txt" in line for line in left_out) and any("1 .txt" in line for line in also)
+    for line in (*left_out, *also, *(face.image for face in found)):
+        line.encode()
+
+
 def test_landmarks_align_gallery_and_pictures(weights: Path, tmp_path: Path) -> None:
     # A turned picture with its landmarks is the upright one: the same embedding, to interpolation.
     upright = SyntheticIdentities(1, 1, 112).read(0)[0]
@@ -249,6 +315,11 @@ def test_a_detector_finds_the_faces_of_a_photograph(
     found, _ = identify(EmbedOptions(weights), tmp_path / "gallery", [image], detector="my_detector:find")
     assert len(found) == 2
     assert found[0].landmarks is not None and len(found[0].landmarks) == 5
+    module.find = lambda image: []  # type: ignore[attr-defined]
+    found, left_out = identify(
+        EmbedOptions(weights), tmp_path / "gallery", [image], detector="my_detector:find"
+    )
+    assert (found, left_out) == ([], [f"{image}: no face found"])
     for name in ("absent_module:find", "my_detector:nothing", "retina"):
         with pytest.raises(ValueError, match=f"detector '{name}' is not at hand"):
             identify(EmbedOptions(weights), tmp_path / "gallery", [image], detector=name)
@@ -288,7 +359,7 @@ def test_galleries_that_do_not_fit_are_refused(weights: Path, folder: Path, tmp_
     save_backbone(build_backbone(SPEC), SPEC, other)
     with pytest.raises(ValueError, match="made with other weights"):
         identify(EmbedOptions(other), tmp_path / "gallery", [folder])
-    with pytest.raises(ValueError, match="no image at"):
+    with pytest.raises(ValueError, match=r"no file or folder .*absent"):
         identify(options, tmp_path / "gallery", [tmp_path / "absent"])
     (tmp_path / "gallery" / "labels.npy").unlink()
     with pytest.raises(ValueError, match="is no gallery"):

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import traceback
 from collections.abc import Callable
@@ -298,10 +299,26 @@ def truncated(folder: Path) -> Path:
     return folder / "a.rec"
 
 
+def gaps(path: Path) -> Path:
+    """Thirty people with labels of some other database."""
+    with tarfile.open(path, "w") as shard:
+        for key in range(30):
+            picture = io.BytesIO()
+            Image.new("L", (16, 16), key).save(picture, "PNG")
+            for name, data in ((f"{key}.png", picture.getvalue()), (f"{key}.cls", b"%d" % (250 * key))):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(data)
+                shard.addfile(entry, io.BytesIO(data))
+    return path
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"classes": "3"}, r"rank [01]: label [345] \(sample \d+\) is outside \[-1, 3\)"),
+        ({"classes": "3"}, r"--classes 3, but .* has 6 identities"),
+        ({"classes": "many"}, "--classes many is neither auto nor a number"),
+        ({"data": "tar:{gaps}"}, r"a\.tar/29\.png has label 7250, but only 30 of 7251 .*@dense numbers them"),
+        ({"data": "{one}"}, "did you mean folder:"),
         ({"data": "folder:{empty}"}, "is empty: no image"),
         ({"data": "folder:{one}"}, "at least two identities; the data has 1"),
         ({"data": "rec:{truncated}"}, "is truncated: a.idx lists 30 records"),
@@ -316,6 +333,7 @@ def truncated(folder: Path) -> Path:
 def test_bad_input_is_refused_by_every_rank(tmp_path: Path, changed: dict[str, str], message: str) -> None:
     (tmp_path / "empty").mkdir()
     places = {"empty": tmp_path / "empty", "one": faces(tmp_path / "one", 1, 20)}
+    places |= {"gaps": gaps(tmp_path / "a.tar")}
     places |= {"absent": tmp_path / "absent", "truncated": truncated(tmp_path / "rec")}
     filled = {name: value.format(**places) for name, value in changed.items()}
     answers = run(2, tmp_path / "run", **filled)

@@ -26,9 +26,15 @@ MAPPED_RUN = 64  # classes drawn together where each read goes to a disk
 class TrainOptions:
     """Everything a training run can be told; the same names, with dashes, on the command line."""
 
-    data: Annotated[str, "folder:PATH, rec:PATH, tar:PATTERN or synthetic:COUNT; @24:40 selects identities"]
+    data: Annotated[
+        str,
+        "folder:PATH, rec:PATH, tar:PATTERN or synthetic:COUNT; "
+        "@dense numbers labels without gaps, @24:40 selects identities",
+    ]
     out: Annotated[Path, "folder of the run: checkpoints, curves, the trained backbone"]
-    backbone: Annotated[str, "iresnet18/34/50/100, mobilefacenet[_large] or torchvision:NAME"] = "iresnet18"
+    backbone: Annotated[str, "iresnet18/34/50/100/200, mobilefacenet[_large] or torchvision:NAME"] = (
+        "iresnet18"
+    )
     weights: Annotated[Path | None, "start from these weights (safetensors or a state dict)"] = None
     centres: Annotated[Path | None, "start from these class centres (of `bigvision face convert`)"] = None
     dim: Annotated[int, "width of the embedding"] = 512
@@ -42,6 +48,10 @@ class TrainOptions:
     )
     place: Annotated[str, "where the centres live: device, host, or a path (memory-mapped)"] = "device"
     head_optimizer: Annotated[str, "sgd, adagrad (row-wise) or adam"] = "sgd"
+    inactive: Annotated[
+        str,
+        "classes left out of a step: frozen, or dense: moved by momentum and decay as if they weren't (sgd)",
+    ] = "frozen"
     compiled: Annotated[str, "fuse the head's passes: auto (from 50000 classes a rank on), yes or no"] = (
         "auto"
     )
@@ -92,6 +102,8 @@ class TrainOptions:
         wrong += [f"seed = {self.seed}"] * (self.seed >= 2**63)
         if wrong:
             raise ValueError(f"out of range: {', '.join(wrong)}")
+        if self.classes != "auto" and not (self.classes.isdecimal() and int(self.classes)):
+            raise ValueError(f"--classes {self.classes} is neither auto nor a number from 1 on")
         _choose("dtype", self.dtype, DTYPES)
         _choose("compiled", self.compiled, ("auto", "yes", "no"))
         _choose("batch_norm", self.batch_norm, ("local", "global"))
@@ -132,11 +144,9 @@ class TrainOptions:
         import heads
 
         _choose("head_optimizer", self.head_optimizer, ("sgd", "adagrad", "adam"))
-        if self.head_optimizer == "adagrad":
-            return heads.RowwiseAdagrad(lr=self.lr, weight_decay=self.weight_decay)
-        if self.head_optimizer == "adam":
-            return heads.Adam(lr=self.lr, weight_decay=self.weight_decay)
-        return heads.SGD(lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        kind = {"sgd": heads.SGD, "adagrad": heads.RowwiseAdagrad, "adam": heads.Adam}[self.head_optimizer]
+        settings = {"momentum": self.momentum} if self.head_optimizer == "sgd" else {}
+        return kind(lr=self.lr, weight_decay=self.weight_decay, inactive=self.inactive, **settings)
 
     def gate(self) -> "GateSpec | None":
         """The gate of the active classes that `active` names; None for all of them."""
@@ -151,6 +161,14 @@ class TrainOptions:
             return GATES[kind](*values, **settings)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"active {self.active!r} is not {GATE_FORMS}: {error}") from error
+
+    def class_count(self, found: int) -> int:
+        """Identities of the head, for data with `found` of them; ValueError where it has fewer."""
+        if self.classes == "auto":
+            return found
+        if int(self.classes) < found:
+            raise ValueError(f"--classes {self.classes}, but {self.data} has {found} identities")
+        return int(self.classes)
 
     def compiles(self, classes: int, ranks: int) -> bool:
         """Whether the head's kernels are compiled: building them, once, takes about a minute."""
