@@ -20,8 +20,8 @@ class VerificationFile:
     """A `.bin` verification set: encoded images 2i and 2i + 1 form pair i. As a source, the label is the
     pair's number.
 
-    The file is a pickle of (list of encoded images, list of bool); it is parsed, never unpickled. Raises
-    ValueError when it is anything else.
+    The file is a pickle of (list of encoded images, list of bool), read as plain data. Raises ValueError when
+    it is anything else.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -42,6 +42,10 @@ class VerificationFile:
 
     def __len__(self) -> int:
         return len(self._images)
+
+    def labels(self) -> np.ndarray:
+        """The number int64 of each image's pair."""
+        return np.arange(len(self)) // 2
 
     def read(self, index: int) -> tuple[np.ndarray, int]:
         """Image uint8 [H, W, 3] and the number of its pair; raises `DamagedRecordError`."""
@@ -68,17 +72,30 @@ def draw_pairs(labels: np.ndarray, count: int, seed: int = 0) -> Pairs:
     """
     labels = np.asarray(labels)
     random = np.random.default_rng(seed)
+    check_pairs(labels)
+    genuine = _genuine_pairs(labels, count, random)
+    impostor = _impostor_pairs(labels, len(genuine), random)
+    order = random.permutation(len(genuine) + len(impostor))
+    both = np.concatenate([genuine, impostor])[order]
+    return Pairs(both[:, 0], both[:, 1], order < len(genuine))
+
+
+def check_pairs(labels: np.ndarray) -> None:
+    """ValueError unless images with these labels form a genuine and an impostor pair."""
     identities, sizes = np.unique(labels, return_counts=True)
     if len(identities) < 2 or sizes.max() < 2:
         raise ValueError(
             f"verification needs two identities and one with two images; got {len(identities)} identities, "
             f"{sizes.max() if sizes.size else 0} images at most"
         )
-    genuine = _genuine_pairs(labels, count, random)
-    impostor = _impostor_pairs(labels, len(genuine), random)
-    order = random.permutation(len(genuine) + len(impostor))
-    both = np.concatenate([genuine, impostor])[order]
-    return Pairs(both[:, 0], both[:, 1], order < len(genuine))
+
+
+def check_kinds(same: np.ndarray, folds: int) -> None:
+    """ValueError unless there are pairs of both kinds, one a fold at least."""
+    if len(same) < folds or same.all() or not same.any():
+        raise ValueError(
+            f"{len(same)} pairs, {int(same.sum())} of them genuine, cannot be verified in {folds} folds"
+        )
 
 
 def _genuine_pairs(labels: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
@@ -128,10 +145,7 @@ def verify(
         raise ValueError(f"{scores.shape} scores for {same.shape} pairs")
     if not np.isfinite(scores).all():
         raise ValueError(f"{np.count_nonzero(~np.isfinite(scores))} of {len(scores)} scores are not finite")
-    if len(scores) < folds or same.all() or not same.any():
-        raise ValueError(
-            f"{len(scores)} pairs, {int(same.sum())} of them genuine, cannot be verified in {folds} folds"
-        )
+    check_kinds(same, folds)
     accuracies, thresholds = [], []
     for held in np.array_split(np.arange(len(scores)), folds):
         rest = np.ones(len(scores), bool)

@@ -29,7 +29,7 @@ from bigvision.jobs.faces.agreement import FaceJobError, World, world_of_torchru
 from bigvision.jobs.faces.centres import open_centres
 from bigvision.jobs.faces.curves import Curves, Point, Score
 from bigvision.jobs.faces.embed import Embedder
-from bigvision.jobs.faces.evaluation import open_evaluation, verify_source
+from bigvision.jobs.faces.evaluation import check_verifiable, open_evaluation, verify_source
 from bigvision.jobs.faces.options import TrainOptions, parse
 from bigvision.jobs.faces.plan import Plan, make_plan
 from bigvision.jobs.faces.report import Reporter
@@ -97,6 +97,8 @@ def train(options: TrainOptions, world: World) -> None:
             fewest=FEWEST * _parts(options, world),
         )
         evaluations = {spec: open_evaluation(spec, options.image_size) for spec in options.evaluate}
+        for spec, set_of_pairs in evaluations.items():
+            check_verifiable(set_of_pairs, spec)
     with world.together("planning"):
         plan = make_plan(options, classes, len(source), world.size, world.local_size)
         if world.leads:
@@ -214,10 +216,10 @@ def _loop(run: Run, start: int) -> None:
                         curves.add(point)
                         _write_damaged(options.out, found)
                 reporter.progress(done, _line(point, plan.steps))
+            if done % save_every == 0 or done == plan.steps:
+                _save(run, done, curves)  # before an evaluation, which may fail
             if run.evaluations and (done % evaluate_every == 0 or done == plan.steps):
                 _evaluate(run, done, curves, reporter)
-            if done % save_every == 0 or done == plan.steps:
-                _save(run, done, curves)
     if curves is not None:
         curves.close()
 
@@ -246,8 +248,10 @@ def _evaluate(run: Run, step: int, curves: Curves | None, reporter: Reporter) ->
         with run.world.together(f"evaluating {spec}"):
             found = verify_source(embedder, source, spec, run.world).verification
         tar = found.tar_at_far.get(1e-3, nan)
-        if curves is not None:
-            curves.add(Score(step, spec, found.accuracy, found.spread, found.threshold, tar))
+        with run.world.together("writing the curves"):
+            if curves is not None:
+                curves.add(Score(step, spec, found.accuracy, found.spread, found.threshold, tar))
+                curves.draw()
         reporter.say(f"step {step}: {spec} accuracy {found.accuracy:.4f} +- {found.spread:.4f}")
 
 

@@ -4,6 +4,7 @@ import csv
 import io
 import multiprocessing
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -327,12 +328,17 @@ def gaps(path: Path) -> Path:
         ({"memory": "1MiB"}, "need about .* and 1 MiB are available"),
         ({"resume": "{absent}"}, "is no checkpoint of a training run"),
         ({"evaluate": "bin:{absent}"}, "No such file"),
+        ({"evaluate": "synthetic:9x1"}, "--evaluate synthetic:9x1: verification needs .* 1 images at most"),
+        ({"evaluate": "synthetic:9x9@3:4"}, "verification needs two identities"),
+        ({"evaluate": "bin:{genuine}"}, "12 pairs, 12 of them genuine, cannot be verified"),
         ({"backbone": "resnet"}, "backbone 'resnet' is none of iresnet18"),
     ],
 )
 def test_bad_input_is_refused_by_every_rank(tmp_path: Path, changed: dict[str, str], message: str) -> None:
     (tmp_path / "empty").mkdir()
     places = {"empty": tmp_path / "empty", "one": faces(tmp_path / "one", 1, 20)}
+    places |= {"genuine": tmp_path / "genuine.bin"}
+    places["genuine"].write_bytes(pickle.dumps(([b"image"] * 24, [True] * 12)))
     places |= {"gaps": gaps(tmp_path / "a.tar")}
     places |= {"absent": tmp_path / "absent", "truncated": truncated(tmp_path / "rec")}
     filled = {name: value.format(**places) for name, value in changed.items()}

@@ -19,8 +19,16 @@ from bigvision.jobs.faces.search import (
 )
 from datasets.face_images import FaceSource
 from datasets.faces import open_faces
-from datasets.verification import Verification, VerificationFile, draw_pairs, verify
+from datasets.verification import (
+    Verification,
+    VerificationFile,
+    check_kinds,
+    check_pairs,
+    draw_pairs,
+    verify,
+)
 
+FOLDS = 10
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 RANKS = (1, 5, 10)
 FPIRS = (0.1, 0.01)
@@ -57,6 +65,18 @@ def open_evaluation(spec: str, size: int) -> FaceSource:
     return VerificationFile(Path(rest)) if kind == "bin" else open_faces(spec, size=size)
 
 
+def check_verifiable(source: FaceSource, spec: str) -> None:
+    """ValueError where no verification can come of a source, however well its images are read."""
+    try:
+        if isinstance(source, VerificationFile):
+            check_kinds(source.same, FOLDS)
+        else:
+            labels = source.labels()
+            check_pairs(labels[labels >= 0])
+    except ValueError as error:
+        raise ValueError(f"--evaluate {spec}: {error}") from error
+
+
 @dataclass(frozen=True)
 class Verified:
     """Verification of a source, with what it was computed from."""
@@ -81,11 +101,11 @@ def verify_source(
         raise ValueError(f"{name}: the embeddings are not finite")
     if isinstance(source, VerificationFile):
         scores, same = file_scores(embedded, source.same)
-        return Verified(embedded, scores, same, verify(scores, same, fars=FARS))
+        return Verified(embedded, scores, same, verify(scores, same, folds=FOLDS, fars=FARS))
     drawn = draw_pairs(embedded.labels, pairs)
     first, second = embedded.embeddings[drawn.first], embedded.embeddings[drawn.second]
     scores = np.einsum("nd,nd->n", first, second, dtype=float)
-    found = verify(scores, drawn.same, folds=min(10, len(scores)), fars=FARS)
+    found = verify(scores, drawn.same, folds=min(FOLDS, len(scores)), fars=FARS)
     return Verified(embedded, scores, drawn.same, found)
 
 
