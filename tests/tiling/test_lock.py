@@ -4,9 +4,8 @@ import errno
 import fcntl
 import subprocess
 import sys
-import threading
-import warnings
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -51,25 +50,21 @@ def test_a_file_system_without_locks_is_worked_on_with_a_warning(
         pass
 
 
-def test_never_two_holders_though_each_removes_the_file(tmp_path: Path) -> None:
-    inside, most = 0, 0
+def test_a_lock_file_removed_while_it_is_opened_is_opened_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its holder ends, and a third process makes and holds another, before the second asks for the lock."""
+    lock, third = tmp_path / "lock", list[IO[bytes]]()
+    original = fcntl.flock
 
-    def work() -> None:
-        nonlocal inside, most
-        for _ in range(300):
-            try:
-                with locked(tmp_path / "lock", "taken"):
-                    inside += 1
-                    most = max(most, inside)
-                    inside -= 1
-            except ValueError:
-                pass
+    def flock(file: IO[bytes], how: int) -> None:
+        if not third:
+            lock.unlink()
+            third.append(lock.open("ab"))
+            original(third[0], how)
+        original(file, how)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert most == 1
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ValueError, match=r"^taken$"), locked(lock, "taken"):
+        pass
+    third[0].close()
