@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from bigvision.tensors import save_tensors
 
 from .exchange import expert_range
 
@@ -37,7 +38,7 @@ def _own(experts: Sequence[nn.Module], num_experts: int, rank: int, world: int) 
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    save_tensors(tensors, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bigvision.models.embedding import BackboneSpec, build_backbone, save_backbone
 from bigvision.models.iresnet import DEPTHS
 from bigvision.models.weights import told
+from bigvision.tensors import save_tensors
 from tiling.publish import publish
 
 NETWORKS = {
@@ -240,6 +240,6 @@ def _sizes(state: dict[str, Tensor], name: str) -> tuple[int, int]:
 def _save_centres(centres: Tensor, out: Path) -> Path:
     path = out.with_suffix(".centres.safetensors")
     partial = path.with_name(path.name + ".partial")
-    save_file({"weight": centres.contiguous()}, partial)
+    save_tensors({"weight": centres}, partial)
     publish(partial, path)
     return path

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bigvision.models.iresnet import iresnet18, iresnet34, iresnet50, iresnet100, iresnet200
 from bigvision.models.mobilefacenet import mobilefacenet, mobilefacenet_large
 from bigvision.models.weights import load_weights
+from bigvision.tensors import save_tensors
 
 FACE_BACKBONES: dict[str, Callable[[int, int], nn.Module]] = {
     "iresnet18": iresnet18,
@@ -82,14 +83,11 @@ def build_backbone(spec: BackboneSpec) -> nn.Module:
 
 def save_backbone(model: nn.Module, spec: BackboneSpec, path: str | Path) -> None:
     """Write weights as safetensors that say what they are; the file appears when it is complete."""
-    from safetensors.torch import save_file
-
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     described = {"kind": KIND, "name": spec.name, "dim": str(spec.dim), "image_size": str(spec.image_size)}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     try:
-        save_file(tensors, partial, metadata=described)
+        save_tensors(model.state_dict(), partial, described)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)

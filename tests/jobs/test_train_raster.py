@@ -35,6 +35,7 @@ from bigvision.jobs.train_raster.steps import CropSteps
 from bigvision.models.spec import load_model
 from datasets.scene_files import write_scene
 from datasets.scenes import Scene
+from datasets.streams import Use, stream
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ def test_whole_scenes_take_the_gradient_of_all_their_pixels(pairs: Path, tmp_pat
     train(pairs, tmp_path / "run", replace(SGD, memory="2GiB", loss="dice+focal"), quiet)
     model = load_model(MODEL).requires_grad_(True)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    order = np.random.Generator(np.random.Philox(key=np.array([0, 0], np.uint64))).permutation(2)
+    order = stream(Use.SCENE_ORDER, 0, 0).permutation(2)
     for seed in order:
         optimizer.zero_grad()
         whole_gradients(model, int(seed), "dice+focal")

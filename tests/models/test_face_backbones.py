@@ -163,13 +163,11 @@ def test_foreign_weights_need_a_name_and_must_fit(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import safetensors.torch
-
     def full(tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"part")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr("bigvision.tensors.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_backbone(nn.Linear(2, 2), BackboneSpec("iresnet18"), tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bigvision.jobs.faces.agreement import World
 from bigvision.models.embedding import BackboneSpec, save_backbone
 from bigvision.models.weights import load_weights
+from bigvision.tensors import save_tensors
 from heads import ShardedMarginHead, load_head, save_head
 
 NAME = re.compile(r"step-(\d{8})")
@@ -136,14 +137,14 @@ def read_position(path: Path) -> Position:
 
 def _save_backbone(folder: Path, training: Training, position: Position) -> None:
     save_backbone(training.backbone, training.spec, folder / "backbone.safetensors")
-    save_file(_flattened(training.optimizer.state_dict()), folder / "optimizer.safetensors")
+    save_tensors(_flattened(training.optimizer.state_dict()), folder / "optimizer.safetensors")
     (folder / "run.json").write_text(json.dumps(vars(position), indent=1))
 
 
 def _flattened(state: dict[str, Any]) -> dict[str, Tensor]:
     """Tensors of an optimiser's state by `parameter/name`; its settings are the run's and not saved."""
     return {
-        f"{number}/{name}": value.detach().cpu().contiguous()
+        f"{number}/{name}": value
         for number, entries in state["state"].items()
         for name, value in entries.items()
         if isinstance(value, Tensor)

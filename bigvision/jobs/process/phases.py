@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from rasterio.windows import Window
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bigvision.jobs.process.engine import Piece
@@ -27,6 +27,7 @@ from bigvision.jobs.process.units import Stop, Work
 from bigvision.streaming.bands import BandedStream, OnStep, PhaseSums
 from bigvision.streaming.checkpoints import Scratch
 from bigvision.streaming.memory import freed_memory_kept
+from bigvision.tensors import save_tensors
 from datasets.pairs import Pixels
 from tiling import Tile
 from tiling.publish import publish, staging_name
@@ -52,12 +53,8 @@ class PhaseStore:
         path = self._phase(phase) / f"{band}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = staging_name(path)
-        flat = {
-            f"{name} {place}": part.cpu().contiguous()
-            for name, parts in sums.items()
-            for place, part in enumerate(parts)
-        }
-        save_file(flat, staging)
+        flat = {f"{name} {place}": part for name, parts in sums.items() for place, part in enumerate(parts)}
+        save_tensors(flat, staging)
         publish(staging, path)
 
     def load(self, phase: int, device: str) -> list[PhaseSums]:

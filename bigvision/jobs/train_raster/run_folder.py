@@ -10,14 +10,15 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bigvision import __version__
+from bigvision.tensors import save_state, save_tensors
 from tiling.publish import publish, staging_name
 
 
@@ -41,7 +42,7 @@ class RunFolder:
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint by `state` (tensors and plain values)."""
         complete = {**state, "fingerprint": self.fingerprint}
-        _write(self.checkpoint, lambda staging: torch.save(complete, staging))
+        _write(self.checkpoint, partial(save_state, complete))
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The last checkpoint, None before the first; ValueError where it can't be read."""
@@ -54,8 +55,7 @@ class RunFolder:
 
     def save_weights(self, state: dict[str, Tensor], name: str = "weights.safetensors") -> None:
         """Replace the weights, or the file of that name."""
-        plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
-        _write(self.path / name, lambda staging: save_file(plain, staging))
+        _write(self.path / name, partial(save_tensors, state))
 
     def write(self, name: str, write: Callable[[Path], object]) -> None:
         """Replace a file of the run by what `write` makes of an empty place."""
