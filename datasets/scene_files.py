@@ -12,7 +12,8 @@ from rasterio.windows import Window
 
 from datasets.scenes import BANDS, CLASSES, COLOURS, NODATA, Scene
 from tiling import Raster, TileGrid, create_zarr, open_raster
-from tiling.publish import check_free, discard, publish, staging_name
+from tiling.publish import begin, check_free, discard, followed, publish
+from tiling.replaceable import not_a_tiff
 
 LABEL_NODATA = 255
 Block = Callable[[Window], NDArray[np.uint8]]
@@ -81,9 +82,11 @@ def _write_zarr(
 def _write_tiff(
     scene: Scene, path: Path, labels: bool, overwrite: bool, workers: int, pyramid: str | None
 ) -> Raster:
-    check_free(path, overwrite)
+    path = followed(path)
+    check_free(path, overwrite, not_a_tiff)
     block = _block(scene, labels)
-    staging = staging_name(path).with_suffix(".tif")
+    work = begin(path)
+    staging = work / "scene.tif"
     grid = TileGrid(scene.height, scene.width, 1024)
     try:
         with (
@@ -95,10 +98,9 @@ def _write_tiff(
                 tiles = grid[batch : batch + 4 * workers]
                 for tile, data in zip(tiles, pool.map(lambda tile: block(tile.core), tiles), strict=True):
                     file.write(data, window=tile.core)
-        publish(staging, path)
-    except BaseException:
-        discard(staging)
-        raise
+        publish(staging, path, replace=overwrite)
+    finally:
+        discard(work)
     return open_raster(path)
 
 

@@ -25,8 +25,9 @@ from tiling.grid import TileGrid
 from tiling.integrity import check_all
 from tiling.memory import CACHE_BYTES, gdal_cache
 from tiling.opening import open_raster
-from tiling.publish import check_free, discard, publish, staging_name, writing
+from tiling.publish import begin, check_free, discard, followed, publish, writing
 from tiling.raster import Raster
+from tiling.replaceable import check_result, not_a_tiff
 from tiling.source import Array, Colormap, holds
 
 _DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64")
@@ -84,9 +85,12 @@ def to_cog(
     scratch: a folder of the same file system for unfinished work, by default that of `path`.
 
     BIGTIFF is used where the size asks for it. Needs room in `scratch` for a second, compressed copy.
-    The file appears under its name when it is complete. Raises RasterError for what a COG can't hold.
+    The file appears under its name when it is complete. overwrite: replace a TIFF that stands there, never
+    anything else. Raises RasterError for what a COG can't hold, and where `path` is, by whatever name, a file
+    that the raster is read from.
     """
-    target, colors = Path(path), colormap or raster.colormap
+    check_result(Path(path), raster, not_a_tiff, overwrite)
+    target, colors = followed(Path(path)), colormap or raster.colormap
     missing = raster.nodata if nodata is None else nodata
     plan = _Plan(
         dtype=np.dtype("uint8" if raster.dtype == bool and dtype is None else dtype or raster.dtype),
@@ -101,11 +105,10 @@ def to_cog(
         threads=threads or os.cpu_count() or 1,
         masked=raster.has_mask and missing is None,
     )
-    check_free(target, overwrite)
     _check(plan, raster, target)
     folder = Path(scratch) if scratch else target.parent
     with gdal_cache(cache):
-        _make(plan, raster, target, folder, progress or _silent)
+        _make(plan, raster, target, folder, overwrite, progress or _silent)
     return open_raster(target)
 
 
@@ -128,21 +131,27 @@ def _check(plan: _Plan, raster: Raster, target: Path) -> None:
 
 
 def _make(
-    plan: _Plan, raster: Raster, target: Path, folder: Path, progress: Callable[[float], object]
+    plan: _Plan,
+    raster: Raster,
+    target: Path,
+    folder: Path,
+    overwrite: bool,
+    progress: Callable[[float], object],
 ) -> None:
-    draft, final = staging_name(folder / target.name), staging_name(folder / target.name)
-    try:
-        with writing(target), warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+    with writing(target), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        # GDAL keeps unfinished overviews and masks beside the file that it writes: all in one folder.
+        work = begin(folder / target.name)
+        try:
+            draft, final = work / "draft.tif", work / "final.tif"
             _write_draft(raster, draft, plan, progress)
             _check_written(draft, target)
             _copy(draft, final, plan)
             _check_written(final, target)
-            publish(final, target)
-    finally:
-        # GDAL keeps unfinished overviews and masks beside the file that it writes.
-        for unfinished in [p for p in folder.iterdir() if p.name.startswith((draft.name, final.name))]:
-            discard(unfinished)
+            check_free(target, overwrite, not_a_tiff)
+            publish(final, target, replace=overwrite)
+        finally:
+            discard(work)
     progress(1.0)
 
 

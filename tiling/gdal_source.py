@@ -63,7 +63,12 @@ class GdalSource:
     @property
     def name(self) -> str:
         """The files, by name."""
-        return ", ".join(part.path for part in self.parts)
+        return ", ".join(self.addresses)
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The files, one each."""
+        return tuple(part.path for part in self.parts)
 
     @cached_property
     def profile(self) -> Profile:

@@ -84,6 +84,11 @@ class Raster:
         return self._source.name
 
     @property
+    def addresses(self) -> tuple[str, ...]:
+        """The files, URLs and stores that it reads, one by one."""
+        return self._source.addresses
+
+    @property
     def profile(self) -> Profile:
         """Everything it is apart from its pixels, as one value."""
         return self._profile

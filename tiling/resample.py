@@ -31,6 +31,11 @@ class ResampledSource:
         """The inner source's."""
         return self.inner.name
 
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The inner source's."""
+        return self.inner.addresses
+
     @cached_property
     def profile(self) -> Profile:
         """The inner source's on the target's grid."""

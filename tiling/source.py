@@ -58,6 +58,10 @@ class Source(Protocol):
         """What messages call it."""
 
     @property
+    def addresses(self) -> tuple[str, ...]:
+        """The files, URLs and stores that it reads."""
+
+    @property
     def profile(self) -> Profile:
         """Of all its bands and its whole extent."""
 

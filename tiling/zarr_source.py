@@ -40,6 +40,11 @@ class ZarrSource:
         """The store, by name."""
         return self.path
 
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The store."""
+        return (self.path,)
+
     @cached_property
     def profile(self) -> Profile:
         """From the array's attributes, or where it has none from its group's."""

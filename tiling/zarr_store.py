@@ -24,8 +24,9 @@ from tiling.conventions import describe
 from tiling.errors import RasterError
 from tiling.grid import Margins, Pair, TileGrid, shard_aligned
 from tiling.memory import gdal_cache
-from tiling.publish import check_free, discard, publish, staging_name, writing
+from tiling.publish import begin, check_free, discard, followed, publish, writing
 from tiling.raster import Raster
+from tiling.replaceable import check_result, not_a_store
 from tiling.source import Array, Colormap, Profile, holds
 from tiling.zarr_source import ZarrSource
 
@@ -132,12 +133,19 @@ class ZarrWriter:
                     node.attrs.update(described)
             if pyramid is not None:
                 build_pyramid(self.staging, method=pyramid, progress=progress)
+            check_free(self.path, self.overwrite, not_a_store)
             publish(self.staging, self.path, replace=self.overwrite)
+            self._tidy()
         return Raster(ZarrSource(str(self.path)))
 
     def discard(self) -> None:
         """Remove the unfinished store."""
         discard(self.staging)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        if self.staging.parent.name.endswith(".partial"):
+            discard(self.staging.parent)
 
     def __enter__(self) -> ZarrWriter:
         return self
@@ -189,14 +197,17 @@ def create_zarr(
     mask: keep a mask of pixels with data, for rasters without a nodata value.
     chunk: rows and columns that are compressed together. shard: rows and columns of one file, rounded up to
         whole chunks; by default up to 4 x 4 chunks within 64 MiB. (512, width) gives full-width rows.
-    staging: where the store grows until it is published, in the same file system; by default a hidden
+    staging: where the store grows until it is published, in the same file system; by default in a hidden
         sibling. A known name lets `resume_zarr` go on after an interruption.
-    Raises RasterError where something stands at `path` already (without `overwrite`) or values don't fit.
+    overwrite: replace a store that `create_zarr` made, with nothing else in its folder.
+    Raises RasterError where something stands at `path` already (without `overwrite`), where it is no such
+    store, and where values don't fit.
     """
     import zarr
 
-    target = Path(path)
-    check_free(target, overwrite)
+    target = followed(Path(path))
+    # What grows elsewhere may end as a file of another kind.
+    check_free(target, overwrite, not_a_store if staging is None or target.is_dir() else None)
     bands, height, width = shape
     if min(shape) < 1:
         raise RasterError(f"{target}: a raster can't have the shape {shape}")
@@ -218,19 +229,21 @@ def create_zarr(
         colormap=colormap,
         tags=dict(tags or {}),
     )
-    place = Path(staging) if staging else staging_name(target)
-    if place.exists():
-        raise RasterError(f"{place}: exists already; resume_zarr goes on with it, or remove it")
+    if staging and Path(staging).exists():
+        raise RasterError(f"{staging}: exists already; resume_zarr goes on with it, or remove it")
+    with writing(target):
+        place = Path(staging) if staging else begin(target) / "store"
+    writer = ZarrWriter(target, place, profile, (shards[1], shards[2]), overwrite)
     try:
         with writing(target):
             group = zarr.create_group(place, zarr_format=3, attributes=describe(profile))
             create_level(group, "0", profile, chunks, shards)
             if mask:
                 create_mask(group, "0", (height, width), chunks, shards)
-    except RasterError:
-        discard(place)
+    except BaseException:
+        writer.discard()
         raise
-    return ZarrWriter(target, place, profile, (shards[1], shards[2]), overwrite)
+    return writer
 
 
 def resume_zarr(
@@ -261,7 +274,11 @@ def to_zarr(
 
     pyramid: "average", "nearest" or "mode"; "auto" takes "mode" where there is a colour table, else
         "average"; None builds none. progress: called with (shards done, shards in all).
+    overwrite: replace a store that stands at `path`, as `create_zarr` has it.
+
+    Raises RasterError also where `path` is, holds or lies in anything that the raster is read from.
     """
+    check_result(Path(path), raster, not_a_store, overwrite)
     masked = raster.nodata is None and raster.has_mask
     about = raster.profile
     writer = create_zarr(

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from tiling import Raster, open_raster, to_cog
+from tiling.replaceable import check_result, not_a_tiff
 
 
 def export(store: str, out: Path, *, overwrite: bool = False) -> Raster:
     """Write `store` as the COG `out`; ValueError (RasterError) where it can't be read or written."""
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out}: exists already; --overwrite replaces it")
-    return to_cog(open_raster(store), out, overwrite=overwrite)
+    raster = open_raster(store)
+    check_result(out, raster, not_a_tiff, overwrite, advice="--overwrite replaces it")
+    return to_cog(raster, out, overwrite=overwrite)

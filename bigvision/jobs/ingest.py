@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from tiling import Raster, open_raster, to_zarr
+from tiling.replaceable import check_result, not_a_store
 
 
 def ingest(scene: str, out: Path, *, overwrite: bool = False) -> Raster:
     """Copy `scene` into the zarr store `out`; ValueError (RasterError) where it can't be read or written."""
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out}: exists already; --overwrite replaces it")
-    return to_zarr(open_raster(scene), out, overwrite=overwrite)
+    raster = open_raster(scene)
+    check_result(out, raster, not_a_store, overwrite, advice="--overwrite replaces it")
+    return to_zarr(raster, out, overwrite=overwrite)

@@ -224,7 +224,7 @@ def test_a_file_that_may_pass_4_gibibytes_is_a_bigtiff(write_tif, noise, tmp_pat
     seen = []
 
     def stop(share: float) -> None:
-        (draft,) = tmp_path.glob(".out.tif.*")
+        (draft,) = tmp_path.glob(".out.tif.*/draft.tif")
         seen.append(draft.read_bytes()[:4])
         raise InterruptedError
 
