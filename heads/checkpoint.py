@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Shard
 from heads.collectives import Ranks, together
 from heads.head import ShardedMarginHead
 from heads.safetensors_storage import StreamedReader, StreamedWriter
+from heads.state import position, resume, row_tensors, settle, shared_tensors
 
 _FILE = "head.json"
 _FORMAT = 1
@@ -47,11 +48,12 @@ def save_head(head: ShardedMarginHead, folder: Path | str) -> None:
         if ranks.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
+    settle(head)
     with _together(ranks, f"saving {folder}"), _quiet():
         dcp.save(_state(head), storage_writer=StreamedWriter(partial), no_dist=ranks.size == 1)
     with _together(ranks, f"saving {folder}"):
         if ranks.rank == 0:
-            _write_json(partial / _FILE, _settings(head) | _position(head))
+            _write_json(partial / _FILE, _settings(head) | position(head))
             _replace(partial, folder)
 
 
@@ -74,25 +76,16 @@ def load_head(head: ShardedMarginHead, folder: Path | str) -> None:
     with _together(ranks, f"loading {folder}"), _quiet():
         dcp.load(_state(head), storage_reader=StreamedReader(folder), no_dist=ranks.size == 1)
     with _together(ranks, f"loading {folder}"):
-        _resume(head, found)
+        resume(head, found)
 
 
 def _state(head: ShardedMarginHead) -> dict[str, Any]:
     """Live tensors by name; those with a row a class as DTensors."""
-    shard = head.shard
-    by_class = {name: shard.store.whole(name).detach() for name in shard.store.names}
-    by_class |= shard.narrow
-    if shard.last_step is not None:
-        by_class["last_step"] = shard.last_step
-    if head.gate is not None:
-        by_class |= {f"gate.{k}": v for k, v in head.gate.row_state().items()}
     mesh = None if head.ranks.size == 1 else init_device_mesh(_mesh_device(head), (head.ranks.size,))
-    state: dict[str, Any] = {k: _shard(v, head.num_classes, mesh) for k, v in by_class.items()}
-    if head.gate is not None:
-        state |= {f"gate.{k}": v for k, v in head.gate.shared_state().items()}
+    state: dict[str, Any] = {k: _shard(v, head.num_classes, mesh) for k, v in row_tensors(head).items()}
+    buffers = {f"module.{name}": buffer for name, buffer in head.named_buffers()}
     # Scalars are saved as vectors of one: a shard has rows.
-    buffers = {k: v.view(-1) if v.ndim == 0 else v for k, v in head.state_dict().items() if k != "weight"}
-    return state | {f"module.{k}": v for k, v in buffers.items()}
+    return state | shared_tensors(head) | {k: v.view(-1) if v.ndim == 0 else v for k, v in buffers.items()}
 
 
 def _mesh_device(head: ShardedMarginHead) -> str:
@@ -123,27 +116,6 @@ def _settings(head: ShardedMarginHead) -> dict[str, Any]:
         "gate": repr(head.active),
         "seed": head.seed,
     }
-
-
-def _position(head: ShardedMarginHead) -> dict[str, Any]:
-    return {
-        "step": head.step,
-        "skipped": head.skipped,
-        "lr": None if head.optimizer is None else head.lr,
-        "rates": None if head.shard.history is None else head.shard.history.rates,
-    }
-
-
-def _resume(head: ShardedMarginHead, found: dict[str, Any]) -> None:
-    head.shard.store.reload()
-    head.step, head.skipped = found["step"], found["skipped"]
-    if head.optimizer is not None:
-        head.lr = found["lr"]
-    if head.shard.history is not None:
-        head.shard.history.replay(found["rates"])
-    head.refresh_norms()
-    if head.gate is not None:
-        head.gate.restored()
 
 
 @contextmanager

@@ -177,6 +177,14 @@ class ClusterGate:
         """Counts and radii follow from assignment and centroids."""
         self._measure()
 
+    def follow(self) -> None:
+        """Everything on the shard's device, in its precision."""
+        device, acc = self.shard.device, self.shard.acc
+        self.centroids = self.centroids.to(device, acc)
+        self._nearest, self._fresh = self._nearest.to(device, acc), self._fresh.to(device, acc)
+        self.assignment, self._fitted = self.assignment.to(device), self._fitted.to(device)
+        self._measure()
+
     def _start(self, seed: int) -> None:
         """The first centroids: random classes, the same on any number of ranks."""
         classes, generator = self.shard.classes, torch.Generator().manual_seed(seed)
@@ -238,7 +246,6 @@ class ClusterGate:
 
     def _unit_tiles(self) -> Iterator[tuple[slice, Tensor]]:
         shard = self.shard
-        for low in range(0, len(shard.classes), shard.tile):
-            rows = slice(low, min(low + shard.tile, len(shard.classes)))
+        for rows in shard.row_tiles():
             columns, inverse = shard.load(rows)
-            yield rows, columns["weight"].detach().to(shard.acc) * inverse[:, None]
+            yield rows, columns["weight"].to(shard.acc) * inverse[:, None]

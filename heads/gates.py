@@ -79,6 +79,10 @@ class ActiveGate(Protocol):
         """A checkpoint has been read into the tensors and the rows."""
         ...
 
+    def follow(self) -> None:
+        """The shard is on another device, or of another dtype."""
+        ...
+
 
 class GateSpec(Protocol):
     """The description of a gate."""
@@ -123,6 +127,9 @@ class StaticGate:
         """Nothing to do."""
 
     def restored(self) -> None:
+        """Nothing to do."""
+
+    def follow(self) -> None:
         """Nothing to do."""
 
 

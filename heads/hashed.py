@@ -81,8 +81,10 @@ class _HashGate(StaticGate):
 
     def restored(self) -> None:
         """All centres' codes."""
-        shard = self.shard
-        for low in range(0, len(shard.classes), shard.tile):
-            rows = slice(low, min(low + shard.tile, len(shard.classes)))
-            columns, inverse = shard.load(rows)
-            self.moved(rows, columns["weight"].detach(), inverse)
+        for rows in self.shard.row_tiles():
+            columns, inverse = self.shard.load(rows)
+            self.moved(rows, columns["weight"], inverse)
+
+    def follow(self) -> None:
+        """Planes and codes on the shard's device; they stay float32."""
+        self.scorer.to(self.shard.device)

@@ -11,26 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigvision.hardware import has_fast_bfloat16
 from heads.adaptive import AdaptiveMargin, claimed
+from heads.building import STORAGE, build_shard, check_settings, constructor_arguments
 from heads.collectives import Ranks, gather_batch, together
 from heads.counter import STREAM_ROUNDING
-from heads.gates import GateSpec
-from heads.host_rows import HostRows
-from heads.idle import StepHistory
+from heads.gates import ActiveGate, GateSpec
 from heads.kernel_choice import choose_kernels
-from heads.mapped_rows import MappedRows
 from heads.margin import Margin
-from heads.optimizers import SGD, FusedSteps, RowOptimizer
-from heads.partition import class_range
+from heads.module import HeadModule
+from heads.optimizers import FusedSteps, RowOptimizer
 from heads.passes import Pass, backward_pass, forward_pass
-from heads.shard import Shard, TileGradient
-from heads.stores import DeviceRows, Rows, RowStore
-
-STORAGE = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+from heads.shard import TileGradient
+from heads.stores import ParameterRows, Rows
 
 
-class ShardedMarginHead(nn.Module):
+class ShardedMarginHead(HeadModule):
     """Exact class-sharded margin softmax whose optimiser step happens inside backward.
 
     `loss = head(features, labels)` is the mean over all ranks' valid samples, the same number on every rank.
@@ -97,39 +92,42 @@ class ShardedMarginHead(nn.Module):
     ) -> None:
         super().__init__()
         where = torch.device(device)
-        self._settings = deepcopy(_arguments(locals()))
+        self._settings = deepcopy(constructor_arguments(locals()))
         self.ranks = Ranks.current()
         self.margin = Margin() if margin is None else claimed(margin, where)
-        _check_settings(self.margin, dim, scale, storage, normalized, tile, optimizer, place)
+        check_settings(self.margin, dim, scale, storage, normalized, tile, optimizer, place)
         self.num_classes, self.dim, self.scale, self.seed = num_classes, dim, scale, seed
         self.rule, self.active = optimizer, active
         settings = torch.tensor([num_classes, dim, seed], device=where)
         self.ranks.agree("(num_classes, dim, seed)", settings)
         with together(self.ranks, "placing the centres"):
-            self.shard = _build_shard(
+            self._shard = build_shard(
                 self.ranks, num_classes, dim, STORAGE[storage], optimizer, place, host_cache, where
             )
-        self.shard.scale, self.shard.normalized = scale, normalized
-        self.shard.tile, self.shard.seed = tile, seed
-        self.shard.kernels = choose_kernels(compiled)
+        self._shard.scale, self._shard.normalized = scale, normalized
+        self._shard.tile, self._shard.seed = tile, seed
+        self._shard.kernels = choose_kernels(compiled)
+        self.weight: nn.Parameter | None = None
+        self.gate: ActiveGate | None = None
         self.step = 0
         self.skipped = 0
         self.unscale: Callable[[], float] | None = None
         self._version = 0
         self._anchor = torch.zeros((), requires_grad=True, device=where)
         self._initialise(init_std)
-        self.weight: nn.Parameter | None = None
         self.optimizer: FusedSteps | None = None
         if optimizer is None:
-            self.weight = nn.Parameter(self.shard.store.whole("weight"))
+            self.weight = nn.Parameter(self._shard.store.whole("weight"))
+            self._shard.store = ParameterRows(self)
+            self.forget_moves()
         else:
             self.optimizer = FusedSteps(self._anchor, optimizer.lr)
-        self.gate = None if active is None else active.build(self.shard, self.ranks, seed)
+        if active is not None:
+            self.gate = active.build(self._shard, self.ranks, seed)
 
     def _initialise(self, std: float) -> None:
-        shard = self.shard
-        for low in range(0, len(shard.classes), shard.tile):
-            rows = slice(low, min(low + shard.tile, len(shard.classes)))
+        shard = self._shard
+        for rows in shard.row_tiles():
             w = shard.kernels.normal_rows(self.seed, shard.ids(rows), self.dim, std, shard.dtype)
             shard.store.store(rows, {"weight": w})
             shard.inverse_norm[rows] = shard.kernels.inverse_norms(w, shard.acc)
@@ -170,8 +168,7 @@ class ShardedMarginHead(nn.Module):
         """All centres [C, D] in class order, on every rank: for tests, export and small heads."""
         shard, chunk = self.shard, -(-self.num_classes // self.ranks.size)
         own = torch.zeros(chunk, self.dim, dtype=shard.dtype, device=shard.device)
-        for low in range(0, len(shard.classes), shard.tile):
-            rows = slice(low, min(low + shard.tile, len(shard.classes)))
+        for rows in shard.row_tiles():
             own[rows] = shard.load(rows)[0]["weight"].detach()
         return torch.cat(self.ranks.gather(own))[: self.num_classes]
 
@@ -191,14 +188,13 @@ class ShardedMarginHead(nn.Module):
             shape = tuple(centers.get_shape() if hasattr(centers, "get_shape") else centers.shape)
             if shape != (self.num_classes, self.dim):
                 raise ValueError(f"centres must be {(self.num_classes, self.dim)}, got {shape}")
-            for low in range(0, len(shard.classes), shard.tile):
-                rows = slice(low, min(low + shard.tile, len(shard.classes)))
+            for rows in shard.row_tiles():
                 first = shard.classes.start
                 w = centers[first + rows.start : first + rows.stop].to(shard.device, shard.dtype)
                 shard.store.store(rows, {"weight": w})
             if shard.last_step is not None and shard.history is not None:
                 shard.last_step.fill_(len(shard.history))
-            self.refresh_norms()
+        self._measure_norms()
         if self.gate is not None:
             self.gate.rebuild()
 
@@ -217,7 +213,7 @@ class ShardedMarginHead(nn.Module):
         for gate in (copy(self.gate), None):
             margin = deepcopy(self.margin)  # statistics follow the batch, as the step's will
             passes.append(
-                forward_pass(self.shard, self.ranks, margin, gate, batch, self.step, self._version)[1]
+                forward_pass(self.shard, self.ranks, margin, gate, batch, self.step, self._moment())[1]
             )
         gated, whole = passes
         return torch.expm1((gated.lse - whole.lse).clamp_max(0.0)).abs()[whole.valid]
@@ -226,27 +222,21 @@ class ShardedMarginHead(nn.Module):
         batch = gather_batch(self.ranks, features, labels, self.dim, self.num_classes)
         if self.weight is not None:
             self.refresh_norms()
+        if self.training:
+            self.count_step()
         gate = self.gate if self.training else None
         if gate is not None:
             gate.renew(self.step)
-        loss, done = forward_pass(self.shard, self.ranks, self.margin, gate, batch, self.step, self._version)
+        loss, done = forward_pass(self.shard, self.ranks, self.margin, gate, batch, self.step, self._moment())
         if gate is not None and self.shard.store.prefetches:
             wanted = gate.expected(self.step + 1)
             if wanted is not None:
                 self.shard.store.prefetch(wanted)
         return loss, done
 
-    def refresh_norms(self) -> None:
-        """Measures the lengths of the centres anew, after somebody else has changed them."""
-        shard = self.shard
-        for low in range(0, len(shard.classes), shard.tile):
-            rows = slice(low, min(low + shard.tile, len(shard.classes)))
-            w = shard.store.load(rows, ("weight",))["weight"].detach()
-            shard.inverse_norm[rows] = shard.kernels.inverse_norms(w, shard.acc)
-
     def _run_backward(self, done: Pass, loss: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients of the features [b, D] and, where it is a parameter, of the weight [n, D]."""
-        if done.version != self._version:
+        if done.moment != self._moment():
             raise RuntimeError(
                 "the centres have moved since this loss was computed: a loss takes one backward, at once"
             )
@@ -256,6 +246,7 @@ class ShardedMarginHead(nn.Module):
             mine = done.features.unit[done.batch.mine]
             return torch.full_like(mine, torch.nan), None
         if self.weight is not None:
+            self._awaited = self._awaited or self.training
             d_weight = torch.zeros_like(self.weight)
 
             def collect(rows: Rows, columns: dict[str, Tensor], gradient: TileGradient) -> None:
@@ -303,64 +294,6 @@ class ShardedMarginHead(nn.Module):
         shard.store.store(rows, columns)
         if self.gate is not None:
             self.gate.moved(rows, columns["weight"], inverse)
-
-
-def _check_settings(
-    margin: Margin | AdaptiveMargin,
-    dim: int,
-    scale: float,
-    storage: str,
-    normalized: bool,
-    tile: int,
-    optimizer: RowOptimizer | None,
-    place: str | Path,
-) -> None:
-    if dim < 1 or tile < 1 or not scale > 0:
-        raise ValueError(f"dim, tile and scale must be positive, got {dim}, {tile} and {scale}")
-    if storage not in STORAGE:
-        raise ValueError(f"storage must be one of {', '.join(STORAGE)}, got {storage!r}")
-    if not normalized and margin != Margin():
-        raise ValueError(f"a margin needs cosines: normalized=False takes none, got {margin}")
-    if optimizer is None and place != "device":
-        raise ValueError(f"an ordinary parameter lives on the device, got place={str(place)!r}")
-
-
-def _arguments(names: dict[str, Any]) -> dict[str, Any]:
-    """The constructor's own arguments, to make another head like this one."""
-    return {name: value for name, value in names.items() if name not in ("self", "__class__", "where")}
-
-
-def _build_shard(
-    ranks: Ranks,
-    num_classes: int,
-    dim: int,
-    dtype: torch.dtype,
-    rule: RowOptimizer | None,
-    place: str | Path,
-    host_cache: int,
-    device: torch.device,
-) -> Shard:
-    """This rank's rows, still zero, in their place, with the columns of the optimiser."""
-    classes = class_range(num_classes, ranks.rank, ranks.size)
-    n, shape = len(classes), (len(classes), dim)
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    wide = ("weight", *(rule.wide if rule else ()))
-    kinds = rule.narrow if rule else {}
-    store: RowStore
-    if place == "device":
-        store = DeviceRows(wide, shape, dtype, device)
-    elif place == "host":
-        store = HostRows(wide, shape, dtype, device, host_cache)
-    else:
-        store = MappedRows(wide, shape, dtype, device, Path(place), ranks.rank, ranks.size)
-    narrow = {name: torch.zeros(n, dtype=kind or acc, device=device) for name, kind in kinds.items()}
-    emulated = dtype == torch.bfloat16 and not has_fast_bfloat16(device)
-    multiply = torch.float32 if emulated else dtype
-    shard = Shard(classes, store, dtype, multiply, torch.ones(n, dtype=acc, device=device), narrow)
-    if isinstance(rule, SGD) and rule.dense:
-        shard.history = StepHistory(rule.momentum, rule.weight_decay)
-        shard.last_step = torch.zeros(n, dtype=torch.int32, device=device)
-    return shard
 
 
 class _ShardedSoftmax(torch.autograd.Function):

@@ -34,8 +34,7 @@ class HostRows:
         self.names = tuple(names)
         self.hits, self.misses = 0, 0
         self._shape, self._dtype, self._device = shape, dtype, device
-        pinned = device.type == "cuda"
-        self._host = {n: torch.zeros(shape, dtype=dtype, pin_memory=pinned) for n in names}
+        self._host = {n: torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda") for n in names}
         self._now = 0
         self._open(min(max(cache_rows, 1), max(shape[0], 1)))
 
@@ -70,6 +69,14 @@ class HostRows:
 
     def reload(self) -> None:
         """See `RowStore.reload`."""
+        self._open(len(self._row))
+
+    def to(self, device: torch.device) -> None:
+        """See `RowStore.to`."""
+        self._write_back(self._dirty.nonzero()[:, 0])
+        self._device = device
+        if device.type == "cuda":
+            self._host = {name: column.pin_memory() for name, column in self._host.items()}
         self._open(len(self._row))
 
     def _bring_in(self, rows: Tensor) -> Tensor:

@@ -83,7 +83,13 @@ def remap_identities(
     old = head.settings
     if old["place"] not in ("device", "host") and settings.get("place", old["place"]) == old["place"]:
         raise ValueError(f"{old['place']} holds the old head's rows: name another place for the new one")
-    fresh = ShardedMarginHead(**(old | {"num_classes": num_classes, "seed": head.seed + 1} | settings))
+    now = {
+        "num_classes": num_classes,
+        "seed": head.seed + 1,
+        "device": head.shard.device,
+        "storage": str(head.shard.dtype).removeprefix("torch."),
+    }
+    fresh = ShardedMarginHead(**(old | now | settings))
     for low, high, sums, counts in _blocks(head, target, num_classes):
         _take(fresh, low, high, sums, counts)
     if (

@@ -103,6 +103,10 @@ class MappedRows:
     def reload(self) -> None:
         """Nothing to do: the files are the rows."""
 
+    def to(self, device: torch.device) -> None:
+        """See `RowStore.to`."""
+        self._device = device
+
 
 def _map(path: Path, size: int) -> mmap.mmap:
     with path.open("w+b") as file:

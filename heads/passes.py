@@ -57,7 +57,7 @@ class Pass:
     target: TargetMargin
     lse: Tensor
     valid: Tensor
-    version: int
+    moment: tuple[int, ...]
 
 
 def prepare(shard: Shard, x: Tensor) -> Features:
@@ -75,7 +75,7 @@ def forward_pass(
     gate: ActiveGate | None,
     batch: GatheredBatch,
     step: int,
-    version: int,
+    moment: tuple[int, ...],
 ) -> tuple[Tensor, Pass]:
     """The global mean loss (an acc scalar; 0 where no sample is valid) and what backward needs."""
     features = prepare(shard, batch.features)
@@ -94,7 +94,7 @@ def forward_pass(
             lse, active = torch.logaddexp(lse, further), merge(active, more)
         gate.certify(given, lse)
     loss = torch.where(valid, lse - own_logit + target.penalty, 0.0).sum() / valid.sum().clamp_min(1)
-    done = Pass(batch, features, own_rows, active, own_cosine, target, lse, valid, version)
+    done = Pass(batch, features, own_rows, active, own_cosine, target, lse, valid, moment)
     return loss.to(shard.acc), done
 
 

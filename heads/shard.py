@@ -11,6 +11,7 @@ from math import log
 import torch
 from torch import Tensor
 
+from bigvision.hardware import has_fast_bfloat16
 from heads import kernels
 from heads.counter import STREAM_CATCH_UP, row_keys
 from heads.idle import StepHistory, bring_up
@@ -55,7 +56,8 @@ class Workspace:
         """An uninitialised [rows, columns] tensor of the dtype and device of `like`."""
         size = shape[0] * shape[1]
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < size or buffer.dtype != like.dtype:
+        kind = (like.dtype, like.device)
+        if buffer is None or buffer.numel() < size or (buffer.dtype, buffer.device) != kind:
             buffer = self._buffers[name] = like.new_empty(size)
         return buffer[:size].view(shape)
 
@@ -93,6 +95,20 @@ class Shard:
     def device(self) -> torch.device:
         """Where the work is done."""
         return self.inverse_norm.device
+
+    def row_tiles(self) -> Iterator[slice]:
+        """All rows, tile by tile."""
+        for low in range(0, len(self.classes), self.tile):
+            yield slice(low, min(low + self.tile, len(self.classes)))
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Works on another device, or with centres of another dtype, from now on."""
+        self.store.to(device)
+        self.dtype, self.multiply = dtype, multiply_dtype(dtype, device)
+        self.inverse_norm = self.inverse_norm.to(device, accumulation_dtype(dtype))
+        self.narrow = {name: column.to(device) for name, column in self.narrow.items()}
+        if self.last_step is not None:
+            self.last_step = self.last_step.to(device)
 
     def ids(self, rows: Rows) -> Tensor:
         """Global class ids of rows, int64 [K]."""
@@ -132,6 +148,17 @@ class Shard:
         if m is not None and momentum is not None:
             fresh["momentum"] = torch.where(stale, kernels.rounded(m, keys, 1).to(self.dtype), momentum)
         return {n: fresh[n] for n in names}, kernels.inverse_norms(fresh["weight"], self.acc)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over centres of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def multiply_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of products with centres of `dtype`."""
+    emulated = dtype == torch.bfloat16 and not has_fast_bfloat16(device)
+    return torch.float32 if emulated else dtype
 
 
 def tiles(shard: Shard, active: ActiveRows, own_rows: Tensor) -> Iterator[Tile]:

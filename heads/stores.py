@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Rows = slice | Tensor  # a contiguous run of rows, or int64 [K], sorted and distinct
 
@@ -41,6 +41,10 @@ class RowStore(Protocol):
         """Somebody has written into `whole`: forget what was cached of it."""
         ...
 
+    def to(self, device: torch.device) -> None:
+        """The work is done on another device from now on."""
+        ...
+
 
 class DeviceRows:
     """Columns in the memory of one device."""
@@ -57,13 +61,13 @@ class DeviceRows:
     def load(self, rows: Rows, names: Sequence[str]) -> dict[str, Tensor]:
         """See `RowStore.load`."""
         if isinstance(rows, slice):
-            return {name: self._columns[name][rows] for name in names}
-        return {name: gather(self._columns[name], rows, self._spare, name) for name in names}
+            return {name: self.whole(name)[rows] for name in names}
+        return {name: gather(self.whole(name), rows, self._spare, name) for name in names}
 
     def store(self, rows: Rows, values: Mapping[str, Tensor]) -> None:
         """See `RowStore.store`."""
         for name, value in values.items():
-            scatter(self._columns[name], rows, value)
+            scatter(self.whole(name), rows, value)
 
     def prefetch(self, rows: Rows) -> None:
         """Nothing to do: the rows are here."""
@@ -75,11 +79,36 @@ class DeviceRows:
     def reload(self) -> None:
         """Nothing to do: nothing is cached."""
 
+    def to(self, device: torch.device) -> None:
+        """See `RowStore.to`."""
+        self._columns = {name: column.to(device) for name, column in self._columns.items()}
+
+
+class ParameterRows(DeviceRows):
+    """Centres that are the parameter `weight` of a module: whatever tensor that is at the moment."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.names = ("weight",)
+        self._owner = owner
+        self._spare = {}
+
+    def whole(self, name: str) -> Tensor:
+        """See `RowStore.whole`."""
+        weight = self._owner.get_parameter(name)
+        return weight.detach()
+
+    def to(self, device: torch.device) -> None:
+        """Nothing to do: parameters follow their module."""
+
 
 def gather(column: Tensor, rows: Tensor, spare: dict[str, Tensor], name: str) -> Tensor:
     """column[rows] in a buffer kept in `spare`, which is valid until it is asked for again."""
     buffer = spare.get(name)
-    if buffer is None or len(buffer) < len(rows):
+    if (
+        buffer is None
+        or len(buffer) < len(rows)
+        or (buffer.dtype, buffer.device) != (column.dtype, column.device)
+    ):
         buffer = spare[name] = column.new_empty(len(rows), column.shape[1])
     return torch.index_select(column, 0, rows, out=buffer[: len(rows)])
 

@@ -96,6 +96,8 @@ def complaints(size: int, rank: int, folder: Path) -> dict[str, str]:
             lambda: make("exact", place=folder / "exact" / "head.json" / "rows" if last else "device")
         ),
         "absent": message(lambda: heads.load_head(head, folder / "nowhere")),
+        "state": message(lambda: head.state_dict() if size > 1 else None),
+        "load": message(lambda: head.load_state_dict({}) if size > 1 else None),
         "unwritable": message(lambda: heads.save_head(head, folder / "exact" / "head.json" / "x")),
     }
     assert torch.equal(head.full_centers(), good)  # nothing moved, and nothing hangs afterwards

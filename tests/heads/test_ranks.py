@@ -65,6 +65,11 @@ def test_bad_input_on_one_rank_is_the_same_error_on_all(outcomes: Outcomes, size
     assert first["place"].startswith(f"ValueError: placing the centres: rank {size - 1}: NotADirectoryError")
     assert first["unwritable"].startswith("CheckpointError: saving")
     if size > 1:
+        spread = (
+            f"RuntimeError: the centres are spread over {size} ranks: a state_dict has no room for them; use "
+        )
+        assert first["state"] == spread + "heads.save_head(head, folder) and heads.load_head(head, folder)"
+        assert first["load"] == first["state"]
         assert "must be the same on every rank" in first["seed"]
         assert f"{size} ranks can't share {size - 1} classes" in first["ranks"]
 

@@ -85,7 +85,7 @@ def test_bfloat16_centres_multiplied_natively_or_widened(
     reference: Oracle, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Widened to float32, the products of bfloat16 centres err by float32's rounding, not by bfloat16's."""
-    monkeypatch.setattr("heads.head.has_fast_bfloat16", lambda device: native)
+    monkeypatch.setattr("heads.shard.has_fast_bfloat16", lambda device: native)
     head = ShardedMarginHead(
         37, 6, Margin(1.0, 0.5, 0.0), 16.0, storage="bfloat16", optimizer=SGD(0.1), tile=7
     )
