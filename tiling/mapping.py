@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -106,6 +107,11 @@ class _Job:
     def __init__(self, fn: TileFunction, source: Readable, destination: Writable | None) -> None:
         self.fn, self.source, self.destination = fn, source, destination
 
+    def stop(self) -> None:
+        """Where the function can be stopped, stop it."""
+        if hasattr(self.fn, "stop"):
+            self.fn.stop()
+
     def __call__(self, tile: Tile) -> int:
         try:
             result = self.fn(self.source.read(tile.padded), tile)
@@ -172,15 +178,11 @@ def _on_threads(
         while batch := list(islice(waiting, in_flight or 16 * count)):
             compute(*[delayed(tile) for tile in batch], scheduler="threads", pool=pool)
     except BaseException:
-        getattr(job.fn, "stop", _nothing)()
+        job.stop()
         raise
     finally:
         pool.shutdown(cancel_futures=True)  # after a failure nothing writes on behind the caller's back
     return counter.done
-
-
-def _nothing() -> None:
-    """For functions that can't be stopped."""
 
 
 def _on_cluster(
@@ -208,9 +210,18 @@ def _on_cluster(
             for tile in islice(waiting, 1):
                 running.add(_submit(client, shared, tile, retries))
     except BaseException:
+        with suppress(Exception):  # workers that don't answer have nothing to stop
+            client.sync(client._run, _stop_there, shared.key, on_error="ignore", callback_timeout=5)
         client.cancel([*running.futures, shared])
         raise
     return counter.done
+
+
+def _stop_there(key: str, dask_worker: Any) -> None:
+    """In a worker: tiles under way are no more wanted."""
+    job = dask_worker.data.get(key)
+    if job is not None:
+        job.stop()
 
 
 def _submit(client: Any, shared: Any, tile: Tile, retries: int) -> Any:

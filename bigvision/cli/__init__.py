@@ -5,6 +5,7 @@ import sys
 import typer
 
 from bigvision.cli import demo, export, face, ingest, plan, process, train
+from bigvision.cli.signals import told_to_stop
 
 app = typer.Typer(
     name="bigvision",
@@ -25,6 +26,7 @@ app.add_typer(face.app, name="face")
 def main() -> None:
     """Run the command line; an error of the input or of the machine is one sentence and exit status 1."""
     try:
-        app()
+        with told_to_stop():
+            app()
     except (ValueError, OSError) as error:
         sys.exit(f"bigvision: {error}")

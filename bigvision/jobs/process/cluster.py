@@ -1,8 +1,10 @@
 """Where units run: in this process, in workers that this job starts, or behind a scheduler's address."""
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING
 
 from bigvision.jobs.process.options import Options
@@ -45,7 +47,7 @@ def _local_cluster(workers: int) -> "LocalCluster":
     unserved: dict[str, list[str]] = {
         f"distributed.{who}.http.routes": [] for who in ("scheduler", "worker", "nanny")
     }
-    with dask.config.set(unserved):
+    with dask.config.set(unserved), _interrupts_kept():
         cluster = LocalCluster(
             n_workers=workers,
             threads_per_worker=_AT_ONCE,
@@ -60,6 +62,21 @@ def _local_cluster(workers: int) -> "LocalCluster":
     assert cluster.scheduler is not None
     cluster.scheduler.http_server.stop()
     return cluster
+
+
+@contextmanager
+def _interrupts_kept() -> Iterator[None]:
+    """Ctrl-C, which a terminal sends to all processes, reaches this one alone, after the block.
+
+    The thread that starts worker processes, and starts them again, begins in the block: it keeps the signal
+    blocked, and they have that from it.
+    """
+    resource_tracker.ensure_running()  # starting it later would end the blocking in that thread
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def threads_each(options: Options) -> int | None:

@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from bigvision.jobs.process.computing import Interrupted
 from bigvision.jobs.process.planning import Plan
 from bigvision.jobs.process.run import Outcome, Watcher
 from bigvision.jobs.process.usage import MemoryWatch
@@ -127,6 +128,15 @@ def show_progress(console: Console, watch: MemoryWatch) -> Iterator[Watcher]:
     )
     with Progress(*columns, console=console, transient=True, speed_estimate_period=60) as progress:
         yield Bar(progress, console)
+
+
+def stopped_line(stop: KeyboardInterrupt, scenes: Sequence[str], outcomes: Sequence[Outcome]) -> str:
+    """What an interrupted command leaves: scenes that are finished, and what is kept of the next one."""
+    finished = sum(outcome.status != "failed" for outcome in outcomes)
+    line = f"stopped: {finished} of {len(scenes)} scene(s) finished"
+    if isinstance(stop, Interrupted) and len(outcomes) < len(scenes):
+        line += f", {stop.kept:.0%} of {scenes[len(outcomes)]} kept"
+    return f"{line}; the same command goes on from there"
 
 
 def print_table(outcomes: Sequence[Outcome]) -> None:

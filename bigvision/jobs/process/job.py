@@ -10,7 +10,7 @@ from rich.console import Console
 
 from bigvision.jobs.process.batch import find_scenes
 from bigvision.jobs.process.cluster import open_client
-from bigvision.jobs.process.display import print_table, show_progress
+from bigvision.jobs.process.display import print_table, show_progress, stopped_line
 from bigvision.jobs.process.network import network_spec
 from bigvision.jobs.process.options import Options
 from bigvision.jobs.process.report import write_report
@@ -27,6 +27,7 @@ def process_scenes(scenes: Sequence[str], out: Path, options: Options, *, report
 
     What is wrong with one scene is told in the closing table and stops no other. ValueError or OSError is
     raised for what concerns them all: no scene, a folder that can't be written, a scheduler that is silent.
+    Interrupted, one line says what is kept.
     """
     found = find_scenes(scenes, out, options)
     network_spec(options, channels=1)  # a device that isn't here concerns every scene
@@ -34,17 +35,23 @@ def process_scenes(scenes: Sequence[str], out: Path, options: Options, *, report
     if report is not None:
         check_free(report, overwrite=True)
     console = Console(stderr=True)
-    outcomes = []
-    with open_client(options) as client, MemoryWatch() as watch:
-        for paths, target in found:
-            watch.restart()
-            with show_progress(console, watch) as watcher:
-                outcome = _attempt(paths, target, options, client, watcher)
-            outcomes.append(replace(outcome, peak_bytes=watch.peak))
-            if outcome.warning:
-                console.print(f"warning: {outcome.scene}: {outcome.warning}", highlight=False, soft_wrap=True)
-            if report is not None:
-                write_report(report, outcomes)
+    outcomes: list[Outcome] = []
+    try:
+        with open_client(options) as client, MemoryWatch() as watch:
+            for paths, target in found:
+                watch.restart()
+                with show_progress(console, watch) as watcher:
+                    outcome = _attempt(paths, target, options, client, watcher)
+                outcomes.append(replace(outcome, peak_bytes=watch.peak))
+                if outcome.warning:
+                    console.print(
+                        f"warning: {outcome.scene}: {outcome.warning}", highlight=False, soft_wrap=True
+                    )
+                if report is not None:
+                    write_report(report, outcomes)
+    except KeyboardInterrupt as stop:
+        console.print(stopped_line(stop, [paths[0] for paths, _ in found], outcomes), soft_wrap=True)
+        raise
     print_table(outcomes)
     return all(outcome.status != "failed" for outcome in outcomes)
 

@@ -2,20 +2,17 @@
 
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigvision.jobs.process.cluster import threads_each
+from bigvision.jobs.process.computing import Computation, Interrupted
 from bigvision.jobs.process.finishing import finish
-from bigvision.jobs.process.following import followed, stored_pixels
 from bigvision.jobs.process.geometry import analyse
 from bigvision.jobs.process.ledger import Ledger, open_ledger
 from bigvision.jobs.process.network import NetworkSpec, load_network, network_for, network_spec
 from bigvision.jobs.process.options import Options
-from bigvision.jobs.process.phases import PhasedEngine, PhaseRunner, PhaseStore
 from bigvision.jobs.process.planning import Plan, plan_scene
 from bigvision.jobs.process.precision import choose_precision
 from bigvision.jobs.process.previous import Previous, Reuse, copy_unchanged, open_previous, reuse_of
@@ -23,10 +20,9 @@ from bigvision.jobs.process.provenance import TAG, Provenance, provenance
 from bigvision.jobs.process.results import ResultKind
 from bigvision.jobs.process.routed import run_routed
 from bigvision.jobs.process.scene import Scene, open_scene
-from bigvision.jobs.process.units import UnitRunner, Unread, Work
+from bigvision.jobs.process.units import Work
 from bigvision.streaming.memory import freed_memory_kept
-from tiling import RasterError, Tile, ZarrWriter, create_zarr, gdal_cache, open_raster, resume_zarr
-from tiling.mapping import map_tiles
+from tiling import RasterError, ZarrWriter, create_zarr, gdal_cache, open_raster, resume_zarr
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -103,7 +99,10 @@ def run_scene(
         tags = origin.tags(
             dtype=plan.dtype, exactness=plan.exactness, engine=plan.engine, tile=str(plan.tile)
         )
-        finish(ledger, writer, target, tags, watcher.finishing)
+        try:
+            finish(ledger, writer, target, tags, watcher.finishing)
+        except KeyboardInterrupt as stop:
+            raise Interrupted(1.0) from stop
         ledger.remove()
     told = "" if previous is None else f"{1 - computed / pixels:.0%} as in {previous}"
     seconds = time.perf_counter() - begun
@@ -193,47 +192,15 @@ def _compute(
     watcher: Watcher,
     previous: Previous | None = None,
 ) -> int:
-    """Run the units that are left, here or on the cluster; returns how many pixels that was."""
-    grid = plan.grid(scene.shape, writer)
-    done = ledger.done()
-    left = [unit for unit in grid if unit.index not in done]
+    """Compute the units that are left, here or on the cluster; returns how many pixels that was."""
+    work = Computation(scene, plan, writer, ledger)
     if previous is not None:
-        left = copy_unchanged(previous, scene, plan, writer, ledger, left)
-    store = PhaseStore(ledger.sums, len(grid))
-    to_sum = [
-        [unit for unit in grid if left and unit.index not in store.done(phase)]
-        for phase in range(plan.phases or 0)
-    ]
-    # A band's pixels count in equal parts for each of its passes.
-    passes = 1 + len(to_sum)
-    pixels = (sum(_pixels(units) for units in (*to_sum, left)) - stored_pixels(ledger, left)) // passes
-    watcher.planned(scene.raster.name, plan, scene.shape[1] * scene.shape[2], pixels)
+        copy_unchanged(previous, scene, plan, writer, ledger, work.left())
+    pixels = work.pixels_left()
+    watcher.planned(scene.raster.name, plan, work.pixels, pixels)
     final = replace(spec, dtype=plan.dtype, compile=options.compile)
     kind = ResultKind(options.output, load_network(spec).classes, options.threshold)
-    engine = plan.runs(store, ledger.rows)
-    work = Work(scene, final, engine, kind, writer, ledger, threads_each(options))
-
-    def progress(more: float) -> None:
-        watcher.computed(more / passes)
-
-    for phase, units in enumerate(to_sum):
-        assert isinstance(engine, PhasedEngine)
-        summed = partial(_summed, store, phase, units)
-        with followed(progress, remote=client is not None, stored=summed) as tell:
-            bands_of = PhaseRunner(work, engine, phase, tell)
-            map_tiles(bands_of, Unread(), None, units, client=client, workers=1)
-        engine.forget(final, scene, phase)
-    stored = partial(stored_pixels, ledger, left)
-    with followed(progress, remote=client is not None, stored=stored) as tell:
-        units_of = UnitRunner(work, tell)
-        map_tiles(units_of, Unread(), None, left, client=client, workers=engine.at_once)
+    engine = plan.runs(work.store, ledger.rows)
+    threads = threads_each(options)
+    work.run(Work(scene, final, engine, kind, writer, ledger, threads), client, watcher.computed)
     return pixels
-
-
-def _summed(store: PhaseStore, phase: int, units: Sequence[Tile]) -> int:
-    done = store.done(phase)
-    return _pixels([unit for unit in units if unit.index in done])
-
-
-def _pixels(units: Sequence[Tile]) -> int:
-    return sum(unit.core.height * unit.core.width for unit in units)

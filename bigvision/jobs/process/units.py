@@ -115,20 +115,27 @@ class UnitRunner:
                 making = self.thread.submit(self._next, made)
                 while (strip := making.result()) is not None:
                     making = self.thread.submit(self._next, made)
-                    self._store(unit, *strip)
+                    known = self._store(unit, known, *strip)
         self.work.ledger.mark(unit.index)
+        self._tell((unit.core.height - known) * unit.core.width)
 
     def stop(self) -> None:
         """No more is wanted: units under way end with their step; what is stored of them stays."""
         self.halt.set()
 
-    def _store(self, unit: Tile, pixels: NDArray[Any], window: Window) -> None:
+    def _store(self, unit: Tile, known: int, pixels: NDArray[Any], window: Window) -> int:
+        """How many rows of the unit are noted as stored after this strip; the last one is with its mark."""
         self.work.writer.write(pixels, window)
         done = window.row_off + window.height - unit.core.row_off
-        if done < unit.core.height:
-            self.work.ledger.strips.add(unit.index, done)
-        if self.progress is not None:
-            self.progress(window.height * window.width)
+        if done == unit.core.height:
+            return known
+        self.work.ledger.strips.add(unit.index, done)
+        self._tell((done - known) * window.width)
+        return done
+
+    def _tell(self, pixels: int) -> None:
+        if self.progress is not None and pixels:
+            self.progress(pixels)
 
     @cached_property
     def _network(self) -> Network:
