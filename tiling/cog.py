@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tiling.errors import RasterError
 from tiling.grid import TileGrid
 from tiling.integrity import check_all
 from tiling.memory import CACHE_BYTES, gdal_cache
+from tiling.missing import value_for
 from tiling.opening import open_raster
 from tiling.publish import begin, check_free, discard, followed, publish, writing
 from tiling.raster import Raster
@@ -91,10 +92,10 @@ def to_cog(
     """
     check_result(Path(path), raster, not_a_tiff, overwrite)
     target, colors = followed(Path(path)), colormap or raster.colormap
-    missing = raster.nodata if nodata is None else nodata
+    kind = np.dtype("uint8" if raster.dtype == bool and dtype is None else dtype or raster.dtype)
     plan = _Plan(
-        dtype=np.dtype("uint8" if raster.dtype == bool and dtype is None else dtype or raster.dtype),
-        nodata=missing,
+        dtype=kind,
+        nodata=nodata,
         band_names=band_names or raster.band_names,
         colormap=colors,
         tags={**raster.tags, **(tags or {})},
@@ -103,9 +104,13 @@ def to_cog(
         blocksize=blocksize,
         resampling=("mode" if colors else "average") if overviews == "auto" else overviews.lower(),
         threads=threads or os.cpu_count() or 1,
-        masked=raster.has_mask and missing is None,
+        masked=False,
     )
     _check(plan, raster, target)
+    with gdal_cache(cache):
+        value = value_for(raster, kind, convert) if nodata is None else nodata
+    plan = replace(plan, nodata=value, masked=raster.has_mask and value is None and raster.shares_mask)
+    _check_nodata(plan, target)
     folder = Path(scratch) if scratch else target.parent
     with gdal_cache(cache):
         _make(plan, raster, target, folder, overwrite, progress or _silent)
@@ -116,8 +121,7 @@ def _check(plan: _Plan, raster: Raster, target: Path) -> None:
     bands, kind = raster.shape[0], plan.dtype
     if kind.name not in _DTYPES:
         raise RasterError(f"{target}: a COG can't hold {kind} pixels; convert to one of {', '.join(_DTYPES)}")
-    if plan.nodata is not None and not holds(kind, plan.nodata):
-        raise RasterError(f"{target}: nodata {plan.nodata} is no {kind} value")
+    _check_nodata(plan, target)
     if len(plan.band_names) != bands:
         raise RasterError(f"{target}: {len(plan.band_names)} band names for {bands} bands")
     if plan.colormap and (bands != 1 or kind.name not in ("uint8", "uint16")):
@@ -128,6 +132,11 @@ def _check(plan: _Plan, raster: Raster, target: Path) -> None:
         raise RasterError(f"{target}: compress {plan.compress!r} is none of {', '.join(_COMPRESS)}")
     if plan.resampling not in _OVERVIEWS:
         raise RasterError(f"{target}: overviews {plan.resampling!r} is none of {', '.join(_OVERVIEWS)}")
+
+
+def _check_nodata(plan: _Plan, target: Path) -> None:
+    if plan.nodata is not None and not holds(plan.dtype, plan.nodata):
+        raise RasterError(f"{target}: nodata {plan.nodata} is no {plan.dtype} value")
 
 
 def _make(
@@ -197,7 +206,13 @@ def _write_window(raster: Raster, file: Any, window: Window, plan: _Plan) -> Non
     if plan.nodata is not None and _refills(raster, plan):
         pixels = np.ma.asarray(raster.read(window, masked=True))
         missing = np.ma.getmaskarray(pixels)
-        data = np.where(missing, plan.dtype.type(plan.nodata), convert(pixels.data, plan.dtype))
+        data = convert(pixels.data, plan.dtype)
+        if not missing.all() and (lost := ((data == plan.nodata) & ~missing).sum()):
+            raise RasterError(
+                f"{raster.name}: {lost} pixels with data in {window} are {plan.nodata:g} as {plan.dtype}, "
+                "nodata; give another value for it"
+            )
+        data = np.where(missing, plan.dtype.type(plan.nodata), data)
         file.write(data, window=window)
         return
     data = raster.read(window)

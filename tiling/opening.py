@@ -1,8 +1,7 @@
 """`open_raster`: from paths to a `Raster`, choosing the source, the grid and the view."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from math import ceil, hypot
+from math import ceil, hypot, inf
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -12,13 +11,15 @@ from rasterio.enums import ColorInterp, Resampling
 from tiling.area import Geometry, find_area
 from tiling.behind import SIDECARS, check_file
 from tiling.errors import RasterError
-from tiling.gdal_source import GdalSource, Part, Target, open_dataset
+from tiling.gdal_source import GdalSource, open_dataset
 from tiling.integrity import check_ends
 from tiling.raster import Bands, Raster, band_positions
-from tiling.resample import ResampledSource
+from tiling.resample import ResampledSource, Target
 from tiling.source import Profile, Source
+from tiling.stack import StackSource
 from tiling.zarr_source import ZarrSource, is_zarr
 
+_LONGEST = 2**31 - 1  # pixels a side, for GDAL
 Address = str | PathLike[str]
 
 
@@ -69,10 +70,10 @@ def _one_file(path: str, bands: Bands) -> GdalSource:
     chosen = tuple(data) or tuple(range(1, len(names) + 1))
     if bands is not None:
         chosen = tuple(i + 1 for i in band_positions(path, bands, names))
-    return GdalSource((Part(path, chosen),))
+    return GdalSource(path, chosen)
 
 
-def _stack(paths: list[str], method: Resampling) -> GdalSource:
+def _stack(paths: list[str], method: Resampling) -> StackSource:
     """Every file's bands on the grid of the finest one (the first of equals)."""
     for path in paths:
         if is_zarr(path):
@@ -85,33 +86,43 @@ def _stack(paths: list[str], method: Resampling) -> GdalSource:
     if any(p.crs != reference.crs and (p.crs is None or reference.crs is None) for p in profiles):
         raise RasterError(f"{', '.join(paths)}: some of these files have a CRS and some have none")
     target = _target(reference, reference.transform, reference.shape[1:], method)
-    parts = [
-        source.parts[0] if _same_grid(profile, reference) else replace(source.parts[0], target=target)
-        for source, profile in zip(sources, profiles, strict=True)
-    ]
-    return GdalSource(tuple(parts))
+    return StackSource(
+        tuple(
+            source if _same_grid(profile, reference) else ResampledSource(source, target)
+            for source, profile in zip(sources, profiles, strict=True)
+        )
+    )
 
 
-def _at_resolution(
-    source: GdalSource | ZarrSource | Source, resolution: float | tuple[float, float], method: Resampling
-) -> Source:
+def _at_resolution(source: Source, resolution: float | tuple[float, float], method: Resampling) -> Source:
     profile = source.profile
     x, y = (resolution, resolution) if isinstance(resolution, (int, float)) else resolution
-    if not (x > 0 and y > 0):
-        raise RasterError(f"{source.name}: resolution must be positive, got {resolution}")
+    if not (0 < x < inf and 0 < y < inf):
+        raise RasterError(f"{source.name}: resolution must be positive and finite, got {resolution}")
     size_x, size_y = _pixel_size(profile.transform)
     if (x, y) == (size_x, size_y):
         return source
-    transform = profile.transform @ Affine.scale(x / size_x, y / size_y)
     # Rounded up, so that nothing of the raster is lost; a hair less than a whole pixel doesn't count.
-    height = max(1, ceil(profile.shape[1] * size_y / y - 1e-6))
-    width = max(1, ceil(profile.shape[2] * size_x / x - 1e-6))
+    sizes = [profile.shape[1] * (size_y / y), profile.shape[2] * (size_x / x)]
+    if max(sizes) > _LONGEST:
+        told = " x ".join(f"{size:.4g}" for size in sizes)
+        raise RasterError(
+            f"{source.name}: at a resolution of {resolution} (its own is {size_x:g} x {size_y:g}) it would "
+            f"have {told} pixels; a raster has at most {_LONGEST} a side"
+        )
+    height, width = (max(1, ceil(size - 1e-6)) for size in sizes)
+    transform = profile.transform @ Affine.scale(x / size_x, y / size_y)
     target = _target(profile, transform, (height, width), method)
-    if isinstance(source, GdalSource):
-        return GdalSource(tuple(replace(part, target=target) for part in source.parts))
+    if isinstance(source, StackSource):
+        return StackSource(tuple(_brought(part, target) for part in source.parts))
     if isinstance(source, ZarrSource):
         source = source.coarser(min(x / size_x, y / size_y), method.name)
     return ResampledSource(source, target)
+
+
+def _brought(part: Source, target: Target) -> ResampledSource:
+    """A part on another grid than the stack's: at once, not by way of the stack's."""
+    return ResampledSource(part.inner if isinstance(part, ResampledSource) else part, target)
 
 
 def _address(path: Address) -> str:

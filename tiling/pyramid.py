@@ -16,7 +16,7 @@ from rasterio.windows import Window
 from tiling.conventions import describe_levels
 from tiling.errors import RasterError
 from tiling.grid import TileGrid
-from tiling.source import Array, Profile, not_missing
+from tiling.source import Array, Profile, avoid, not_missing
 from tiling.zarr_source import ZarrSource
 
 SMALLEST = 256
@@ -75,6 +75,7 @@ def halve(
         out, some = four[0], shown[0]
     elif method == "average":
         out = _average(four, shown, data.dtype)
+        avoid(out, some, nodata)
     else:
         # How often each of the four occurs among those with data; the first of the most frequent wins.
         votes = np.stack([((four == value) & shown).sum(axis=0, dtype=np.uint8) for value in four])
@@ -118,7 +119,7 @@ def _create(group: Any, profile: Profile, number: int, size: tuple[int, int]) ->
             del group[name]
     create_level(group, str(number), level, chunks, shards)
     if "mask/0" in group:
-        create_mask(group, str(number), size, chunks, shards)
+        create_mask(group, str(number), (*group["mask/0"].shape[:-2], *size), chunks, shards)
 
 
 def _shard(finest: Any, size: tuple[int, int]) -> tuple[int, int]:
@@ -135,7 +136,8 @@ def _fill(group: Any, number: int, shard: Window, method: str, nodata: float | N
     finer, coarser = group[str(number - 1)], group[str(number)]
     finer_mask, coarser_mask = group.get(f"mask/{number - 1}"), group.get(f"mask/{number}")
     out = np.empty((finer.shape[0], shard.height, shard.width), finer.dtype)
-    shown = np.empty(out.shape[1:], np.uint8)
+    by_band = coarser_mask is not None and coarser_mask.ndim == 3
+    shown = np.empty(out.shape if by_band else out.shape[1:], np.uint8)
     for piece in TileGrid(shard.height, shard.width, coarser.chunks[1:]):
         here = piece.core.toslices()
         start = (shard.row_off, shard.col_off)
@@ -143,9 +145,9 @@ def _fill(group: Any, number: int, shard: Window, method: str, nodata: float | N
         data = np.asarray(finer[:, *twice])
         valid = not_missing(data, (nodata,) * data.shape[0])
         if finer_mask is not None:
-            valid &= np.asarray(finer_mask[*twice]) > 0
+            valid &= np.asarray(finer_mask[..., *twice]) > 0
         out[:, *here], some = halve(data, valid, method, nodata)
-        shown[here] = some.any(axis=0)
+        shown[..., *here] = some if by_band else some.any(axis=0)
     coarser[:, *shard.toslices()] = out
     if coarser_mask is not None:
-        coarser_mask[shard.toslices()] = shown
+        coarser_mask[..., *shard.toslices()] = shown

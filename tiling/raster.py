@@ -19,7 +19,7 @@ from rasterio.windows import Window
 
 from tiling.area import Area
 from tiling.errors import RasterError
-from tiling.source import Array, Colormap, Handles, Profile, Source
+from tiling.source import Array, Colormap, Handles, Profile, Source, common_nodata, holds
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -43,13 +43,15 @@ class Raster:
         whole = source.profile
         chosen = tuple(range(whole.shape[0])) if bands is None else bands
         window = area.window if area else Window(0, 0, whole.shape[2], whole.shape[1])
+        nodata = tuple(whole.nodata_by_band[band] for band in chosen)
         shift = whole.transform @ Affine.translation(window.col_off, window.row_off)
         profile = Profile(
             shape=(len(chosen), window.height, window.width),
             dtype=whole.dtype,
             crs=whole.crs,
             transform=shift,
-            nodata=whole.nodata,
+            nodata=common_nodata(nodata, whole.dtype),
+            band_nodata=nodata,
             band_names=tuple(whole.band_names[band] for band in chosen),
             block_shape=whole.block_shape,
             colormap=whole.colormap,
@@ -130,7 +132,10 @@ class Raster:
 
     @property
     def nodata(self) -> float | None:
-        """The value of missing pixels, None where there is none."""
+        """The value of missing pixels in every band, which none with data has; None where there is none.
+
+        Where bands have values of their own, or a mask goes before the value, there is none: `has_mask`.
+        """
         return self._profile.nodata
 
     @property
@@ -156,7 +161,21 @@ class Raster:
     @property
     def has_mask(self) -> bool:
         """Whether pixels other than `nodata` can be missing: by mask, alpha, a band's own value, area."""
-        return self._source.masked or (self._area is not None and self._area.geometry is not None)
+        return (
+            self._source.masked
+            or self._differs
+            or (self._area is not None and self._area.geometry is not None)
+        )
+
+    @property
+    def shares_mask(self) -> bool:
+        """Whether all bands miss the same pixels, NaN aside."""
+        return self.shape[0] == 1 or (self._source.shared and not self._differs)
+
+    @property
+    def _differs(self) -> bool:
+        values = self._profile.nodata_by_band
+        return self.nodata is None and any(v is not None and holds(self.dtype, v) for v in values)
 
     @property
     def bounds(self) -> tuple[float, float, float, float]:

@@ -1,27 +1,48 @@
-"""A source on another grid of the same CRS, resampled window by window: for formats that GDAL can't warp."""
+"""A source on another grid, resampled window by window from its pixels with data.
+
+GDAL's warper computes each window; which pixels take part is told by the source alone, whatever its format.
+"""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import ceil, floor
 from typing import Any
 
 import numpy as np
 from affine import Affine
 from numpy.typing import NDArray
 from rasterio.crs import CRS
+from rasterio.enums import Resampling
 from rasterio.windows import Window
 
-from tiling.gdal_source import Target
+from tiling.errors import named
 from tiling.grid import TileGrid
-from tiling.source import Array, Handle, Profile, Source
+from tiling.source import Array, Handle, Profile, Source, avoid, holds
 
+# Warping needs some CRS on both sides; where both are the same, any projected one stands in.
 _ANY_CRS = CRS.from_epsg(3857)
 _OPAQUE = 255
 _MOST_PIXELS = 2**25
+# Between CRSs GDAL interpolates along a row: always the same pieces of rows, whatever window is asked for.
+_PIECE = 1024
+# Pixels of the source on either side that a kernel takes in, where the source is no finer than the target.
+_REACH = {"nearest": 1, "bilinear": 1, "cubic": 2, "cubic_spline": 2, "lanczos": 3}
+
+
+@dataclass(frozen=True)
+class Target:
+    """The grid that a source is brought to."""
+
+    crs: CRS | None
+    transform: Affine
+    height: int
+    width: int
+    resampling: Resampling
 
 
 @dataclass(frozen=True)
 class ResampledSource:
-    """`inner` on the grid of `target`, whose CRS is the same."""
+    """`inner` on the grid of `target`."""
 
     inner: Source
     target: Target
@@ -44,6 +65,7 @@ class ResampledSource:
         return replace(
             inner,
             shape=(inner.shape[0], *size),
+            crs=self.target.crs,
             transform=self.target.transform,
             block_shape=(min(512, size[0]), min(512, size[1])),
         )
@@ -52,6 +74,16 @@ class ResampledSource:
     def masked(self) -> bool:
         """A resampled pixel may have nothing under it."""
         return True
+
+    @property
+    def shared(self) -> bool:
+        """As in the inner source."""
+        return self.inner.shared
+
+    @property
+    def reprojects(self) -> bool:
+        """Whether the target's CRS is another."""
+        return self.target.crs != self.inner.profile.crs
 
     def open(self) -> Handle:
         """Open the inner source."""
@@ -64,81 +96,134 @@ class ResampledHandle:
     def __init__(self, source: ResampledSource) -> None:
         self.source = source
         self.inner = source.inner.open()
+        self.last: tuple[Any, tuple[Array, NDArray[np.bool_]]] | None = None
 
     def close(self) -> None:
         """Close the inner source."""
+        self.last = None
         self.inner.close()
 
     def read(self, window: Window, bands: tuple[int, ...]) -> Array:
-        """Pixels [B, H, W]; where the inner source has none, its nodata value or 0."""
-        return self._resample(window, bands)[0]
+        """Pixels [B, H, W]; where the inner source has none, the band's nodata value, NaN or 0."""
+        return self._both(window, bands)[0].copy()
 
     def valid(self, window: Window, bands: tuple[int, ...], data: Array | None) -> NDArray[np.bool_]:
         """Which pixels [B, H, W] have data: at least one inner pixel did."""
-        return self._resample(window, bands)[1]
+        return self._both(window, bands)[1].copy()
+
+    def _both(self, window: Window, bands: tuple[int, ...]) -> tuple[Array, NDArray[np.bool_]]:
+        """Pixels are asked for first and their validity next: the last answer is kept."""
+        key = (*window.flatten(), bands)
+        if self.last is None or self.last[0] != key:
+            self.last = None
+            with named(self.source.name, "can't be resampled"):
+                self.last = (key, self._resample(window, bands))
+        return self.last[1]
 
     def _resample(self, window: Window, bands: tuple[int, ...]) -> tuple[Array, NDArray[np.bool_]]:
+        if not self.source.reprojects:
+            return self._in_pieces(window, bands)
+        left = window.col_off // _PIECE * _PIECE
+        right = min(ceil((window.col_off + window.width) / _PIECE) * _PIECE, self.source.target.width)
+        pieces = [
+            self._in_pieces(Window(start, window.row_off, min(_PIECE, right - start), window.height), bands)
+            for start in range(left, right, _PIECE)
+        ]
+        data, shown = (np.concatenate(part, axis=2) for part in zip(*pieces, strict=True))
+        columns = slice(window.col_off - left, window.col_off - left + window.width)
+        return data[:, :, columns], shown[:, :, columns]
+
+    def _in_pieces(self, window: Window, bands: tuple[int, ...]) -> tuple[Array, NDArray[np.bool_]]:
         """Piece by piece where much of the inner source lies under the window."""
         around = self._inner_window(window)
-        if around.height * around.width * len(bands) <= _MOST_PIXELS or window.height * window.width <= 1:
-            return self._resample_piece(window, bands)
-        by_rows = window.height >= window.width
-        size = (
-            ((window.height + 1) // 2, window.width) if by_rows else (window.height, (window.width + 1) // 2)
-        )
+        fits = around.height * around.width * len(bands) <= _MOST_PIXELS
+        by_rows = window.height > 1 and (window.height >= window.width or self.source.reprojects)
+        if fits or not (by_rows or (window.width > 1 and not self.source.reprojects)):
+            return self._piece(window, around, bands)
+        size = (ceil(window.height / 2), window.width) if by_rows else (window.height, ceil(window.width / 2))
         pieces = [
-            self._resample(_shifted(tile.core, window), bands)
+            self._in_pieces(_shifted(tile.core, window), bands)
             for tile in TileGrid(window.height, window.width, size)
         ]
         data, shown = zip(*pieces, strict=True)
         axis = 1 if by_rows else 2
         return np.concatenate(data, axis=axis), np.concatenate(shown, axis=axis)
 
-    def _resample_piece(self, window: Window, bands: tuple[int, ...]) -> tuple[Array, NDArray[np.bool_]]:
+    def _piece(
+        self, window: Window, around: Window, bands: tuple[int, ...]
+    ) -> tuple[Array, NDArray[np.bool_]]:
         from rasterio.warp import reproject
 
-        profile = self.source.inner.profile
+        profile, target = self.source.inner.profile, self.source.target
         shape = (len(bands), window.height, window.width)
-        fill = 0 if profile.nodata is None else profile.nodata
-        out = np.full(shape, fill, profile.dtype)
+        out = np.empty(shape, profile.dtype)
+        nodata = [profile.nodata_by_band[band] for band in bands]
+        for band, value in enumerate(nodata):
+            out[band] = _filling(profile.dtype, value)
         shown = np.zeros(shape, bool)
-        around = self._inner_window(window)
         if not (around.height and around.width and window.height and window.width):
             return out, shown
         data = self.inner.read(around, bands)
         valid = self.inner.valid(around, bands, data)
-        here = self.source.target.transform @ Affine.translation(window.col_off, window.row_off)
-        there = profile.transform @ Affine.translation(around.col_off, around.row_off)
+        same = not self.source.reprojects
         kind = _warped_dtype(profile.dtype)
-        for band in range(len(bands)):
+        for band, value in enumerate(nodata):
             # The second band is alpha: missing pixels take no part, and the result tells where none had data.
-            pair = np.stack([data[band], np.where(valid[band], _OPAQUE, 0)]).astype(kind)
+            hidden = np.where(valid[band], _OPAQUE, 0)
+            pair = np.stack([np.where(valid[band], data[band], 0).astype(kind), hidden.astype(kind)])
             warped = np.zeros((2, *shape[1:]), kind)
             reproject(
                 pair,
                 warped,
-                src_transform=there,
-                src_crs=_ANY_CRS,
-                dst_transform=here,
-                dst_crs=_ANY_CRS,
+                src_transform=profile.transform @ Affine.translation(around.col_off, around.row_off),
+                src_crs=_ANY_CRS if same else profile.crs,
+                dst_transform=target.transform @ Affine.translation(window.col_off, window.row_off),
+                dst_crs=_ANY_CRS if same else target.crs,
                 src_alpha=2,
                 dst_alpha=2,
-                resampling=self.source.target.resampling,
+                resampling=target.resampling,
+                **({"tolerance": 0} if same else {}),
             )
             shown[band] = warped[1] > 0
-            out[band][shown[band]] = warped[0][shown[band]].astype(profile.dtype)
+            pixels = warped[0].astype(profile.dtype)
+            avoid(pixels, shown[band], value)
+            out[band][shown[band]] = pixels[shown[band]]
         return out, shown
 
     def _inner_window(self, window: Window) -> Window:
-        """The inner pixels under a window, with the reach of the widest resampling kernel around them."""
+        """The inner pixels under a window, with the reach of the resampling kernel around them."""
         target, profile = self.source.target, self.source.inner.profile
-        to_inner = ~profile.transform @ target.transform
-        x0, y0 = to_inner @ (window.col_off, window.row_off)
-        x1, y1 = to_inner @ (window.col_off + window.width, window.row_off + window.height)
-        reach_x, reach_y = 4 * max(1.0, to_inner.a) + 2, 4 * max(1.0, to_inner.e) + 2
-        left, right = max(0, int(x0 - reach_x)), min(profile.shape[2], int(x1 + reach_x) + 1)
-        top, bottom = max(0, int(y0 - reach_y)), min(profile.shape[1], int(y1 + reach_y) + 1)
-        return Window(left, top, max(0, right - left), max(0, bottom - top))
+        # The corners do where one grid is the other, moved and scaled; between CRSs the sides are curved.
+        steps = np.linspace(0, 1, 21 if self.source.reprojects else 2)
+        x = window.col_off + np.repeat(steps * window.width, len(steps))
+        y = window.row_off + np.tile(steps * window.height, len(steps))
+        x, y = target.transform @ (x, y)
+        if self.source.reprojects:
+            from rasterio.warp import transform
+
+            x, y = (np.asarray(part) for part in transform(target.crs, profile.crs, x, y))
+            x, y = x[np.isfinite(x + y)], y[np.isfinite(x + y)]
+        if not x.size:
+            return Window(0, 0, 0, 0)
+        columns, rows = ~profile.transform @ (x, y)
+        spans = []
+        for place, size, length in (
+            (columns, window.width, profile.shape[2]),
+            (rows, window.height, profile.shape[1]),
+        ):
+            extent = float(place.max() - place.min())
+            reach = _REACH.get(target.resampling.name, 1) * max(1.0, extent / max(size, 1)) + 3
+            reach += 0.05 * extent if self.source.reprojects else 0
+            start = min(max(0, floor(place.min() - reach)), length)
+            spans.append((start, max(start, min(length, ceil(place.max() + reach)))))
+        (left, right), (top, bottom) = spans
+        return Window(left, top, right - left, bottom - top)
+
+
+def _filling(dtype: np.dtype[Any], nodata: float | None) -> Any:
+    if nodata is not None and holds(dtype, nodata):
+        return nodata
+    return np.nan if dtype.kind == "f" else 0
 
 
 def _shifted(window: Window, by: Window) -> Window:

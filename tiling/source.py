@@ -22,8 +22,10 @@ Colormap = dict[int, tuple[int, int, int, int]]
 class Profile:
     """What a raster is, apart from its pixels.
 
-    shape: (bands, height, width). nodata: the value of missing pixels, in any band. block_shape: rows and
-    columns that are stored together. colormap: class value -> (red, green, blue, alpha). tags: provenance.
+    shape: (bands, height, width). nodata: the value of missing pixels, in every band; no pixel with data has
+    it. block_shape: rows and columns that are stored together. colormap: class value -> (red, green, blue,
+    alpha). tags: provenance. band_nodata: for each band the value that tells its missing pixels, where bands
+    have values of their own; empty where `nodata` is that of all.
     """
 
     shape: tuple[int, int, int]
@@ -35,6 +37,12 @@ class Profile:
     block_shape: tuple[int, int]
     colormap: Colormap | None = None
     tags: dict[str, str] = field(default_factory=dict)
+    band_nodata: tuple[float | None, ...] = ()
+
+    @property
+    def nodata_by_band(self) -> tuple[float | None, ...]:
+        """The value of each band's missing pixels."""
+        return self.band_nodata or (self.nodata,) * self.shape[0]
 
 
 class Handle(Protocol):
@@ -68,7 +76,11 @@ class Source(Protocol):
     @property
     def masked(self) -> bool:
         """Whether anything but the profile's nodata value can say that pixels are missing: a mask, an alpha
-        band, another band's own value."""
+        band, a band's own value."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether all bands miss the same pixels, NaN aside."""
 
     def open(self) -> Handle:
         """Open it here and now."""
@@ -109,6 +121,29 @@ def not_missing(data: Array, nodata: tuple[float | None, ...]) -> NDArray[np.boo
             # A nodata value that float32 rounds still means those pixels.
             valid[band] &= data[band] != np.asarray(value).astype(data.dtype)
     return valid
+
+
+def common_nodata(values: tuple[float | None, ...], dtype: np.dtype[Any]) -> float | None:
+    """The nodata value of every band; None where bands differ, one has none, or pixels can't have it."""
+    first = values[0]
+    if first is None or not holds(dtype, first):
+        return None
+    alike = (
+        value is not None and (value == first or (value != value and first != first)) for value in values
+    )
+    return first if all(alike) else None
+
+
+def avoid(data: Array, valid: NDArray[np.bool_], nodata: float | None) -> None:
+    """Move computed pixels with data off the nodata value, in place, by the least step there is."""
+    if nodata is None or np.isnan(nodata) or not holds(data.dtype, nodata):
+        return
+    value = np.asarray(nodata).astype(data.dtype)
+    hit = valid & (data == value)
+    if data.dtype.kind == "f":
+        data[hit] = np.nextafter(value, data.dtype.type(0) if value else data.dtype.type(1))
+    elif data.dtype.kind in "iu":
+        data[hit] = value - 1 if value == np.iinfo(data.dtype).max else value + 1
 
 
 def holds(dtype: np.dtype[Any], value: float) -> bool:

@@ -56,6 +56,12 @@ class ZarrSource:
         """Whether the store has a mask."""
         return ZarrHandle(self).mask is not None
 
+    @cached_property
+    def shared(self) -> bool:
+        """Whether the mask, if there is one, is that of all bands."""
+        mask = ZarrHandle(self).mask
+        return (mask is None or mask.ndim == 2) and self.profile.nodata is None
+
     def coarser(self, factor: float, method: str) -> ZarrSource:
         """The coarsest level of a pyramid made by `method` with pixels at most `factor` times as large.
 
@@ -106,7 +112,9 @@ class ZarrHandle:
         else:
             valid = np.ones((len(bands), window.height, window.width), bool)
         if self.mask is not None:
-            valid &= np.asarray(self.mask[window.toslices()]) > 0
+            rows, columns = window.toslices()
+            shown = np.asarray(self.mask[..., rows, columns]) > 0
+            valid &= shown if shown.ndim == 2 else shown[list(bands)]
         return valid
 
 
@@ -147,7 +155,7 @@ def _profile(path: str, array: zarr.Array[Any], attributes: Mapping[str, Any]) -
         dtype=np.dtype(array.dtype),
         crs=read_crs(attributes, path),
         transform=read_transform(attributes, path),
-        nodata=None if nodata is None else float(nodata),
+        nodata=nodata if nodata is None or isinstance(nodata, int) else float(nodata),
         band_names=tuple(own.get("band_names") or (f"band_{i + 1}" for i in range(bands))),
         block_shape=(array.chunks[-2], array.chunks[-1]),
         colormap=read_colormap(own),

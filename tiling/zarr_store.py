@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from affine import Affine
@@ -24,6 +24,7 @@ from tiling.conventions import describe
 from tiling.errors import RasterError
 from tiling.grid import Margins, Pair, TileGrid, shard_aligned
 from tiling.memory import gdal_cache
+from tiling.missing import common_value
 from tiling.publish import begin, check_free, discard, followed, publish, writing
 from tiling.raster import Raster
 from tiling.replaceable import check_result, not_a_store
@@ -85,7 +86,8 @@ class ZarrWriter:
     def write(self, data: Array, window: Window, *, mask: NDArray[np.bool_] | None = None) -> None:
         """Store `data` [B, H, W] in a window of whole shards (or up to the raster's edge).
 
-        mask: bool [H, W], False where a pixel has no data; pixels get the nodata value, or the store's mask.
+        mask: bool [H, W] or [B, H, W], False where a pixel has no data; pixels get the nodata value, or the
+        store's mask.
         Raises RasterError for a window that cuts a shard, another shape, or a dtype that would lose values.
         """
         self._check(data, window)
@@ -96,8 +98,9 @@ class ZarrWriter:
             data = np.where(mask, data, np.asarray(self.profile.nodata, self.dtype))
         with writing(self.path):
             if self._mask is not None:
-                shown = np.ones(data.shape[1:], bool) if mask is None else mask
-                self._mask[rows, columns] = shown.astype(np.uint8)
+                size = (*self._mask.shape[:-2], *data.shape[1:])
+                shown = np.ones(size, bool) if mask is None else np.broadcast_to(mask, size)
+                self._mask[..., rows, columns] = shown.astype(np.uint8)
             self._array[:, rows, columns] = data
 
     def read(self, window: Window) -> Array:
@@ -185,7 +188,7 @@ def create_zarr(
     band_names: tuple[str, ...] | None = None,
     colormap: Colormap | None = None,
     tags: dict[str, str] | None = None,
-    mask: bool = False,
+    mask: bool | Literal["bands"] = False,
     chunk: int = CHUNK,
     shard: Pair | None = None,
     staging: str | PathLike[str] | None = None,
@@ -194,7 +197,7 @@ def create_zarr(
     """An empty store to fill, shard by shard and from any number of processes; `publish` completes it.
 
     shape: (bands, height, width). nodata: also what unwritten pixels hold (0 without one).
-    mask: keep a mask of pixels with data, for rasters without a nodata value.
+    mask: keep a mask of pixels with data, for rasters without a nodata value; "bands" keeps one a band.
     chunk: rows and columns that are compressed together. shard: rows and columns of one file, rounded up to
         whole chunks; by default up to 4 x 4 chunks within 64 MiB. (512, width) gives full-width rows.
     staging: where the store grows until it is published, in the same file system; by default in a hidden
@@ -239,7 +242,7 @@ def create_zarr(
             group = zarr.create_group(place, zarr_format=3, attributes=describe(profile))
             create_level(group, "0", profile, chunks, shards)
             if mask:
-                create_mask(group, "0", (height, width), chunks, shards)
+                create_mask(group, "0", shape if mask == "bands" else (height, width), chunks, shards)
     except BaseException:
         writer.discard()
         raise
@@ -279,19 +282,21 @@ def to_zarr(
     Raises RasterError also where `path` is, holds or lies in anything that the raster is read from.
     """
     check_result(Path(path), raster, not_a_store, overwrite)
-    masked = raster.nodata is None and raster.has_mask
-    about = raster.profile
+    about, value = raster.profile, common_value(raster)
+    mask: bool | Literal["bands"] = value is None and raster.has_mask
+    if mask and not raster.shares_mask:
+        mask = "bands"
     writer = create_zarr(
         path,
         raster.shape,
         raster.dtype,
         crs=about.crs,
         transform=about.transform,
-        nodata=about.nodata,
+        nodata=value,
         band_names=about.band_names,
         colormap=about.colormap,
         tags={**about.tags, **(tags or {})},
-        mask=masked,
+        mask=mask,
         chunk=chunk,
         shard=shard or _like_source(raster, chunk),
         overwrite=overwrite,
@@ -300,7 +305,7 @@ def to_zarr(
         grid = writer.grid()
         with gdal_cache():
             for done, tile in enumerate(grid, 1):
-                data, shown = _pixels(raster, tile.core)
+                data, shown = _pixels(raster, tile.core, value)
                 writer.write(data, tile.core, mask=shown)
                 if progress is not None:
                     progress(done, len(grid))
@@ -310,14 +315,15 @@ def to_zarr(
         raise
 
 
-def _pixels(raster: Raster, window: Window) -> tuple[Array, NDArray[np.bool_] | None]:
+def _pixels(raster: Raster, window: Window, nodata: float | None) -> tuple[Array, NDArray[np.bool_] | None]:
     """Pixels with the nodata value where a band has none; where there is no such value, pixels and mask."""
     if not raster.has_mask:
         return raster.read(window), None
-    if raster.nodata is not None:
-        return np.ma.filled(raster.read(window, masked=True), raster.nodata), None
-    data = raster.read(window)
-    return data, raster.mask(window, data=data)
+    pixels = raster.read(window, masked=True)
+    if nodata is not None:
+        return np.ma.filled(pixels, nodata), None
+    valid = ~np.ma.getmaskarray(pixels)
+    return np.ma.getdata(pixels), np.asarray(valid.any(axis=0)) if raster.shares_mask else valid
 
 
 def create_level(
@@ -341,20 +347,20 @@ def create_level(
 
 
 def create_mask(
-    group: zarr.Group, level: str, size: tuple[int, int], chunks: tuple[int, ...], shards: tuple[int, ...]
+    group: zarr.Group, level: str, size: tuple[int, ...], chunks: tuple[int, ...], shards: tuple[int, ...]
 ) -> zarr.Array[Any]:
-    """An empty mask [H, W] for one level: 1 where pixels have data."""
+    """An empty mask [H, W] or [B, H, W] for one level: 1 where pixels have data."""
     from zarr.codecs import BloscCodec
 
     return group.require_group("mask").create_array(
         level,
         shape=size,
         dtype="uint8",
-        chunks=chunks[1:],
-        shards=shards[1:],
+        chunks=chunks[-len(size) :],
+        shards=shards[-len(size) :],
         compressors=BloscCodec(cname="zstd", clevel=3, shuffle="noshuffle"),
         fill_value=0,
-        dimension_names=("y", "x"),
+        dimension_names=("band", "y", "x")[-len(size) :],
     )
 
 

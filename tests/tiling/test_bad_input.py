@@ -73,5 +73,5 @@ def test_unknown_resampling_and_resolution(write_tif, noise) -> None:
     with pytest.raises(RasterError, match="'magic' is none of nearest"):
         open_raster(path, resampling="magic")
     for resolution in (0, -5, (10, 0), float("nan")):
-        with pytest.raises(RasterError, match="resolution must be positive"):
+        with pytest.raises(RasterError, match="resolution must be positive and finite"):
             open_raster(path, resolution=resolution)
