@@ -6,9 +6,9 @@ centroid_e) - radius_e), so
 
     dropped mass of u <= sum over closed e of n_e * exp(s * cos(max(0, angle(u, centroid_e) - radius_e))).
 
-Over the whole denominator that is a bound on the share of the softmax that was left out. It says nothing
-while centres are spread evenly (then radii are near a right angle), and much once they are trained and
-gather in clusters.
+Angles are taken wide and logits high by what rounding can amount to. Over the whole denominator that is a
+bound on the share of the softmax that was left out. It says nothing while centres are spread evenly (then
+radii are near a right angle), and much once they are trained and gather in clusters.
 
 Legend: B gathered samples, V valid ones (label not -1), E clusters, D dimension, n classes of this shard.
 """
@@ -223,16 +223,25 @@ class ClusterGate:
         self.settle(ActiveRows())
 
     def _global_radius(self) -> Tensor:
-        """Largest angle of each cluster over all ranks, acc [E], with room for its own rounding."""
+        """Largest angle of each cluster over all ranks, float64 [E], with room for the cosines' rounding."""
         farthest = -self.ranks.max_(-self._nearest)
-        slack = 1e-7 if farthest.dtype == torch.float64 else 5e-4
-        return torch.arccos(farthest.clamp(-1.0, 1.0)) + slack
+        return torch.arccos((farthest.double() - self._rounding).clamp(-1.0, 1.0))
+
+    @property
+    def _rounding(self) -> float:
+        """The most that a cosine in the shard's precision is off: D products and their sum, two lengths."""
+        return (self.centroids.shape[1] + 8) * torch.finfo(self.shard.acc).eps / 2
 
     def _log_bounds(self, scores: Tensor) -> Tensor:
-        """Log of the most a cluster can add to a sample's denominator, float64 [V, E]; -inf if empty."""
-        angle = torch.arccos(scores.double().clamp(-1.0, 1.0))
-        nearest = (angle - self.radius.double()).clamp_min(0.0)
-        return torch.log(self.counts.double()) + self.shard.scale * torch.cos(nearest)
+        """Log of the most a cluster can add to a sample's denominator, float64 [V, E]; -inf if empty.
+
+        The bound is on the logits as the walk computes them, rounding of the products included.
+        """
+        angle = torch.arccos((scores.double() + self._rounding).clamp(-1.0, 1.0))
+        nearest = (angle - self.radius).clamp_min(0.0)
+        narrow = self.shard.multiply == torch.bfloat16  # the feature is rounded, and so is its product
+        rounding = self._rounding + (torch.finfo(torch.bfloat16).eps / 2 if narrow else 0.0)
+        return torch.log(self.counts.double()) + self.shard.scale * (torch.cos(nearest) + rounding)
 
     def _own_clusters(self, given: GateInput) -> Tensor:
         """The cluster of each sample's class, int64 [B], -1 for ignored samples; known to every rank."""

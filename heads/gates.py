@@ -164,8 +164,9 @@ class _SampledGate(StaticGate):
         if not self.spec.unbiased:
             return ActiveRows(rows)
         # A forced class is there with probability 1, any other with probability r.
-        log_weight = torch.where(force[0, rows], 0.0, -log(self.spec.rate)).to(self.shard.acc)
-        return ActiveRows(rows, log_weight)
+        heaviest = -log(self.spec.rate)
+        log_weight = torch.where(force[0, rows], 0.0, heaviest).to(self.shard.acc)
+        return ActiveRows(rows, log_weight, heaviest)
 
     def _mask(self, step: int, force: Tensor | None) -> Tensor:
         """bool [1, n]: the one token is the batch, the experts are all classes, drawn in runs."""

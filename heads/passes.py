@@ -118,7 +118,7 @@ def log_sums(
 ) -> tuple[Tensor, Tensor]:
     """Log of the sum over all ranks' active classes but the own one, float64 [B]; own cosine acc [B]."""
     shift, total = denominators(shard, active, features.u, own_rows)
-    if needs_shift(shard):
+    if needs_shift(shard, active):
         highest = ranks.max_(shift.clone())
         total = torch.where(total > 0, total * torch.exp(shift - highest), 0.0)
         shift = highest
@@ -157,7 +157,8 @@ def merge(first: ActiveRows, more: ActiveRows) -> ActiveRows:
     rows, order = torch.cat([first.rows, more.rows]).sort()
     if first.log_weight is None or more.log_weight is None:
         return ActiveRows(rows)
-    return ActiveRows(rows, torch.cat([first.log_weight, more.log_weight])[order])
+    weights = torch.cat([first.log_weight, more.log_weight])[order]
+    return ActiveRows(rows, weights, max(first.heaviest, more.heaviest))
 
 
 def backward_pass(shard: Shard, ranks: Ranks, done: Pass, grad: Tensor, update: Update | None) -> Tensor:

@@ -24,11 +24,13 @@ from heads.stores import Rows, RowStore
 class ActiveRows:
     """The classes that take part in a step: rows int64 [A] of this shard, sorted, or None for all of them.
 
-    log_weight acc [A] is added to their logits (log(1/r) for a class kept with probability r), or None for 0.
+    log_weight acc [A] is added to their logits (log(1/r) for a class kept with probability r), or None for 0;
+    none is above `heaviest`, the same number on every rank.
     """
 
     rows: Tensor | None = None
     log_weight: Tensor | None = None
+    heaviest: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -215,17 +217,18 @@ def denominators(shard: Shard, active: ActiveRows, u: Tensor, own_rows: Tensor) 
     """(shift, total), float64 [B] each: exp(shift)*total is the sum over the active classes but the own one
     of exp(logit + log_weight).
 
-    Cosine logits are bounded by the scale, so where exp(scale) times the classes fits the number format the
-    shift is 0 and each tile is read once; otherwise the largest logit so far is carried along.
+    Cosine logits are bounded by the scale, so where exp(scale) times the classes of a tile fits the number
+    format the shift is 0 and each tile is read once; otherwise the largest logit so far is carried along.
     """
     total = torch.zeros(len(u), dtype=torch.float64, device=u.device)
-    shift = torch.full_like(total, -torch.inf if needs_shift(shard) else 0.0)
+    shifted = needs_shift(shard, active)
+    shift = torch.full_like(total, -torch.inf if shifted else 0.0)
     for tile in tiles(shard, active, own_rows):
         columns, inverse_norm = shard.load(tile.rows)
         z = tile_products(shard, tile, operand(shard, columns["weight"]), u)
         factor = row_scale(shard, inverse_norm)
         offset = log_weights(active, tile, factor)
-        if not needs_shift(shard):
+        if not shifted:
             total += shard.kernels.sum_exp(z, factor, offset)
             continue
         largest, part = shard.kernels.max_sum_exp(z, factor, offset)
@@ -235,10 +238,14 @@ def denominators(shard: Shard, active: ActiveRows, u: Tensor, own_rows: Tensor) 
     return shift, total
 
 
-def needs_shift(shard: Shard) -> bool:
-    """Whether the sum over all classes of exp(logit) can leave the range of the accumulation dtype."""
-    room = 690.0 if shard.acc == torch.float64 else 80.0
-    return not shard.normalized or shard.scale + log(shard.classes.num_classes) > room
+def needs_shift(shard: Shard, active: ActiveRows) -> bool:
+    """Whether a sum of exp(logit) can leave its number format: of a tile the accumulation dtype's (float32
+    ends at exp(88.7)), of all tiles and ranks float64's (exp(709)). With room for a rounded logit.
+    """
+    highest = shard.scale + active.heaviest
+    of_tile = highest + log(min(shard.tile, shard.classes.num_classes))
+    of_all = highest + log(shard.classes.num_classes)
+    return not shard.normalized or of_all > 690.0 or (shard.acc == torch.float32 and of_tile > 80.0)
 
 
 def log_weights(active: ActiveRows, tile: Tile, like: Tensor) -> Tensor:

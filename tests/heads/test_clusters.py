@@ -85,3 +85,43 @@ def test_clusters_are_made_anew_after_refresh_steps() -> None:
         seen.append(head.gate.centroids.clone())
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
     assert torch.equal(seen[2], seen[3]) and not torch.equal(seen[3], seen[4])
+
+
+@pytest.mark.parametrize("storage", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("spread", [0.0, 1e-8, 1e-4, 1e-2])
+@pytest.mark.parametrize("dim", [3, 300])
+def test_radii_reach_every_class_of_tight_clusters(storage: str, spread: float, dim: int) -> None:
+    """Near 1 a cosine's last digit is an angle of half its digits: rounding may not make a radius short."""
+    generator = torch.Generator().manual_seed(dim)
+    head = ShardedMarginHead(
+        40, dim, active=clustered(1, 1, refresh=0), storage=storage, optimizer=SGD(0.1), tile=16
+    )
+    lengths = torch.rand(40, 1, dtype=torch.float64, generator=generator) + 0.1
+    w = F.normalize(torch.randn(1, dim, dtype=torch.float64, generator=generator))
+    w = w + spread * F.normalize(torch.randn(40, dim, dtype=torch.float64, generator=generator))
+    head.set_centers(w * lengths)
+    stored, centroid = (F.normalize(t.double()) for t in (head.full_centers(), head.gate.centroids))
+    angle = 2 * torch.arcsin(((stored - centroid).norm(dim=1) / 2).clamp(max=1.0))
+    assert float(head.gate.radius) >= float(angle.max())
+    assert float(head.gate.radius) < float(angle.max()) + (1e-6 if storage == "float64" else 1e-2)
+
+
+@pytest.mark.parametrize(("storage", "native"), [("float32", True), ("bfloat16", True), ("bfloat16", False)])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_bound_holds_of_the_softmax_as_it_is_computed(
+    storage: str, native: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features lie on the classes that are left out, so that the bound is all but reached."""
+    monkeypatch.setattr("heads.shard.has_fast_bfloat16", lambda device: native)
+    generator = torch.Generator().manual_seed(seed)
+    head = ShardedMarginHead(
+        64, 40, Margin(), 8.0, active=clustered(2, 1, refresh=0), storage=storage, optimizer=SGD(0.1)
+    )
+    poles = torch.randn(2, 40, generator=generator)
+    head.set_centers(poles.repeat_interleave(32, 0) * (0.1 + torch.rand(64, 1, generator=generator)))
+    assert sorted(head.gate.counts.tolist()) == [32, 32]
+    x, y = poles[1] + 1e-3 * torch.randn(16, 40, generator=generator), torch.arange(16)
+    measured = head.dropped_share(x, y)
+    head(x, y)
+    assert (head.gate.certificate.bound >= measured).all()
+    assert (head.gate.certificate.bound - measured).max() < 1e-3

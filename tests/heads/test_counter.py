@@ -1,8 +1,12 @@
 """Counter-based bits: starting centres, and rounding that is right on average."""
 
-import torch
+from typing import Any
 
-from heads import SGD, Margin, ShardedMarginHead
+import pytest
+import torch
+from torch import Tensor
+
+from heads import SGD, Adam, Margin, ShardedMarginHead, kernels, sampled
 from heads.counter import normal_rows, round_stochastically, row_keys, row_noise
 
 
@@ -33,6 +37,45 @@ def test_rounding_is_between_the_neighbours_and_unbiased() -> None:
     assert ((rounded - x).abs() <= spacing).all()
     assert torch.equal(rounded[:, 3:], x[:, 3:])  # what bfloat16 can hold stays as it is
     assert ((rounded.mean(0) - x[0]).abs() <= 5 * spacing / 40_000**0.5).all()
+
+
+@pytest.mark.parametrize("rule", [SGD(0.0, 0.5), Adam(0.0)])
+def test_columns_of_a_row_are_rounded_with_bits_of_their_own(rule: Any) -> None:
+    """Equal numbers in centre and moments go up or down independently, in the step and in catching up."""
+    x = torch.full((400, 8), 1.0 + 2**-8)  # half way between two neighbours
+    keys = row_keys(0, 2, 5, torch.arange(400))
+    ups = [kernels.rounded(x, keys, number) > 1.0 for number in range(1 + len(rule.wide))]
+    columns = {name: x.to(torch.bfloat16) for name in ("weight", *rule.wide)}
+    zero, narrow = torch.tensor(0.0), {n: torch.zeros(400) for n in rule.narrow}
+
+    class Unchanged:
+        """Leaves every column half way between two neighbours."""
+
+        def step(self, wide: Any, narrow: Any, gradient: Tensor, lr: Tensor) -> Any:
+            return dict.fromkeys(wide, x), narrow
+
+    args = (torch.zeros(400, 8), torch.zeros(400), zero, torch.tensor(1.0), keys)
+    kernels.update_tile_(Unchanged(), columns, narrow, *args)
+    assert all(torch.equal(c.float() > 1.0, up) for c, up in zip(columns.values(), ups, strict=True))
+    for i, first in enumerate(ups):
+        assert 0.45 < first.float().mean() < 0.55
+        for second in ups[i + 1 :]:
+            assert 0.45 < (first == second).float().mean() < 0.55  # half by chance, all if bits are shared
+
+
+def test_rows_that_catch_up_round_centre_and_momentum_independently() -> None:
+    """An idle step takes w and m half way between two neighbours each."""
+    m = 0.75 * (1 + 2**-7)
+    rule = SGD((1 - 2**-8) / m, momentum=0.75, inactive="dense")
+    head = ShardedMarginHead(4000, 8, storage="bfloat16", optimizer=rule, active=sampled(1e-9))
+    head.shard.store.whole("weight").fill_(2.0)
+    head.shard.store.whole("momentum").fill_(1 + 2**-7)
+    head.refresh_norms()
+    head(torch.randn(1, 8).requires_grad_(), torch.tensor([0])).backward()
+    columns, _ = head.shard.load(slice(1, 4000), ("weight", "momentum"))
+    ups = [columns["weight"].float() > 1 + 2**-8, columns["momentum"].float() > m]
+    for fraction in (ups[0], ups[1], ups[0] == ups[1]):
+        assert 0.48 < fraction.float().mean() < 0.52
 
 
 def test_bfloat16_learns_from_updates_below_its_resolution() -> None:

@@ -1,5 +1,6 @@
 """Centres on the device, behind a host cache, in files: the same numbers; and what each place promises."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,46 @@ def test_a_disk_without_room_is_named_before_anything_is_written(tmp_path: Path)
     with pytest.raises(ValueError, match=r"rank 0: the memory-mapped centres need [\d,]+ bytes in .* free"):
         ShardedMarginHead(2**40, 512, Margin(), place=tmp_path, optimizer=SGD(0.1))
     assert not any(tmp_path.iterdir())
+
+
+def resident(path: Path) -> int:
+    """Bytes of a mapped file in this process's resident set."""
+    found, total = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            found = line.endswith(str(path))
+        elif found and line.startswith("Rss:"):
+            total += int(line.split()[1]) << 10
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="the resident set is Linux's to tell")
+@pytest.mark.parametrize("active", [None, sampled(0.3, run=64)])
+def test_pages_of_finished_tiles_leave_the_resident_set(active: Any, tmp_path: Path) -> None:
+    """A walk over 16 MiB of a column holds a few tiles of 256 KiB, whether it reads or writes them."""
+    head = ShardedMarginHead(
+        1 << 14,
+        256,
+        Margin(),
+        16.0,
+        storage="float32",
+        place=tmp_path,
+        optimizer=SGD(0.1, 0.9),
+        tile=256,
+        active=active,
+    )
+    files = sorted(tmp_path.iterdir())
+    assert [path.stat().st_size for path in files] == [1 << 24] * 2
+
+    def held() -> int:
+        return sum(resident(path) for path in files)
+
+    assert held() <= 2 << 20, "initialised"
+    x, y = torch.randn(4, 256), torch.arange(4)
+    loss = head(x.requires_grad_(), y)
+    assert held() <= 2 << 20, "read forward"
+    loss.backward()
+    assert held() <= 2 << 20, "updated backward"
+    assert head.full_centers().shape == (1 << 14, 256) and held() <= 2 << 20, "exported"
+    head.shard.store.whole("weight").sum()
+    assert held() >= 1 << 24  # what is read past the walk is seen here: the measure measures
