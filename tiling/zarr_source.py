@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from rasterio.windows import Window
 
+from tiling.addresses import without_secrets
 from tiling.conventions import KEY, read_colormap, read_crs, read_transform
-from tiling.errors import RasterError
+from tiling.errors import RasterError, named
 from tiling.source import Array, Handle, Profile, not_missing
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class ZarrSource:
     @property
     def name(self) -> str:
         """The store, by name."""
-        return self.path
+        return without_secrets(self.path)
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -69,7 +70,8 @@ class ZarrSource:
         """
         import zarr
 
-        node = zarr.open(self.path, mode="r")
+        with named(self.path, "not a zarr store that can be read"):
+            node = zarr.open(self.path, mode="r")
         made: Any = node.attrs.get("multiscales")
         if not isinstance(node, zarr.Group) or not made or method not in ("average", "mode"):
             return self
@@ -87,15 +89,21 @@ class ZarrHandle:
     """An open zarr array and, where the store has one, its mask."""
 
     def __init__(self, source: ZarrSource) -> None:
-        self.array, attributes, self.mask = _open(source.path, source.level)
-        self.flat = self.array.ndim == 2
-        self.profile = _profile(source.path, self.array, attributes)
+        self.path = source.path
+        with named(source.path, "not a zarr store that can be read"):
+            self.array, attributes, self.mask = _open(source.path, source.level)
+            self.flat = self.array.ndim == 2
+            self.profile = _profile(source.path, self.array, attributes)
 
     def close(self) -> None:
         """Zarr keeps no file open."""
 
     def read(self, window: Window, bands: tuple[int, ...]) -> Array:
         """Pixels [B, H, W]."""
+        with named(self.path, f"can't read {window}"):
+            return self._read(window, bands)
+
+    def _read(self, window: Window, bands: tuple[int, ...]) -> Array:
         rows, columns = window.toslices()
         if self.flat:
             return np.repeat(np.asarray(self.array[rows, columns])[None], len(bands), axis=0)
@@ -113,19 +121,16 @@ class ZarrHandle:
             valid = np.ones((len(bands), window.height, window.width), bool)
         if self.mask is not None:
             rows, columns = window.toslices()
-            shown = np.asarray(self.mask[..., rows, columns]) > 0
+            with named(self.path, f"can't read {window}"):
+                shown = np.asarray(self.mask[..., rows, columns]) > 0
             valid &= shown if shown.ndim == 2 else shown[list(bands)]
         return valid
 
 
 def _open(path: str, level: str) -> tuple[zarr.Array[Any], dict[str, Any], zarr.Array[Any] | None]:
     import zarr
-    from zarr.errors import BaseZarrError
 
-    try:
-        node = zarr.open(path, mode="r")
-    except (OSError, ValueError, KeyError, ImportError, BaseZarrError) as error:
-        raise RasterError(f"{path}: not a zarr store that can be read: {error}") from error
+    node = zarr.open(path, mode="r")
     if isinstance(node, zarr.Array):
         return node, dict(node.attrs), None
     array, arrays = node.get(level), [level]
@@ -149,6 +154,9 @@ def _profile(path: str, array: zarr.Array[Any], attributes: Mapping[str, Any]) -
     _check_axes(path, array, attributes)
     bands, height, width = (1, *shape) if len(shape) == 2 else shape
     own = attributes.get(KEY, {})
+    names = tuple(str(name) for name in own.get("band_names") or (f"band_{i + 1}" for i in range(bands)))
+    if len(names) != bands:
+        raise RasterError(f"{path}: {len(names)} band names for {bands} bands: {', '.join(names)}")
     nodata = own.get("nodata", attributes.get("nodata"))
     return Profile(
         shape=(bands, height, width),
@@ -156,7 +164,7 @@ def _profile(path: str, array: zarr.Array[Any], attributes: Mapping[str, Any]) -
         crs=read_crs(attributes, path),
         transform=read_transform(attributes, path),
         nodata=nodata if nodata is None or isinstance(nodata, int) else float(nodata),
-        band_names=tuple(own.get("band_names") or (f"band_{i + 1}" for i in range(bands))),
+        band_names=names,
         block_shape=(array.chunks[-2], array.chunks[-1]),
         colormap=read_colormap(own),
         tags=dict(own.get("tags", {})),

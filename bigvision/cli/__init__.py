@@ -29,4 +29,6 @@ def main() -> None:
         with told_to_stop():
             app()
     except (ValueError, OSError) as error:
-        sys.exit(f"bigvision: {error}")
+        from tiling.addresses import without_secrets
+
+        sys.exit(f"bigvision: {without_secrets(str(error))}")

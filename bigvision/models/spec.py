@@ -97,15 +97,6 @@ def load_model(text: str, weights: Path | None = None, *, trust: bool = False) -
     return model if spec.output is None else name_output(model, spec.output)
 
 
-def source_of(text: str) -> Path | None:
-    """The file that a model's definition stands in, where there is one."""
-    spec = parse_spec(text)
-    if spec.is_file:
-        return Path(spec.source)
-    found = importlib.util.find_spec("torchvision.models" if spec.source == "torchvision" else spec.source)
-    return Path(found.origin) if found is not None and found.origin and found.has_location else None
-
-
 def _value(text: str) -> Any:
     if text == "" or text.lower() in ("none", "null"):
         return None
@@ -173,10 +164,15 @@ def _module(name: str) -> ModuleType:
         raise ValueError(f"model module {name!r} does not import: {first_line(error)}") from error
 
 
+def file_module(path: Path) -> str:
+    """The name under which a model's file is imported."""
+    return f"_model_{path.stem}"
+
+
 def _module_of_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise ValueError(f"model file {path} does not exist")
-    module_spec = importlib.util.spec_from_file_location(f"_model_{path.stem}", path)
+    module_spec = importlib.util.spec_from_file_location(file_module(path), path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses and torch.compile look their module up

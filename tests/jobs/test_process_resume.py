@@ -134,7 +134,6 @@ def changed_weights(folder: Path) -> Callable[[], Options]:
 CHANGES = {
     "option": lambda: options(scale=2.0),
     "output": lambda: options(output="logits"),
-    "tile": lambda: options(tile=64),
     "model": lambda: options(model=f"{NETWORKS}:random_net?seed=5"),
 }
 
@@ -168,8 +167,9 @@ def test_the_result_of_another_command_is_not_overwritten(scene: Path, tmp_path:
 def test_a_file_that_is_no_result_is_not_overwritten(scene: Path, tmp_path: Path) -> None:
     target = tmp_path / "scene.tif"
     target.write_text("notes")
-    with pytest.raises(ValueError, match="exists and was made by another command"):
-        run_scene((str(scene),), target, options())
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="exists and was not made by bigvision process, so it stays"):
+            run_scene((str(scene),), target, options(overwrite=overwrite))
     assert target.read_text() == "notes"
 
 

@@ -52,7 +52,7 @@ class Bar(Watcher):
 
     def planned(self, scene: str, plan: Plan, pixels: int, left: int) -> None:
         """Say how the scene is cut, and set the bar to what is left."""
-        self.console.print(_cut(scene, plan, pixels, left), highlight=False, soft_wrap=True)
+        self.console.print(_cut(scene, plan, pixels, left), highlight=False, markup=False, soft_wrap=True)
         self.progress.reset(self.task, total=max(left, 1), description=Path(scene).name)
 
     def stage(self, text: str, pixels: int) -> None:
@@ -97,7 +97,7 @@ class Lines(Watcher):
             )
 
     def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _cut(scene: str, plan: Plan, pixels: int, left: int) -> str:
@@ -119,7 +119,7 @@ def show_progress(console: Console, watch: MemoryWatch) -> Iterator[Watcher]:
         yield Lines(console, watch)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         _Speed(),
@@ -139,6 +139,11 @@ def stopped_line(stop: KeyboardInterrupt, scenes: Sequence[str], outcomes: Seque
     return f"{line}; the same command goes on from there"
 
 
+def printable(text: str) -> str:
+    """Names that are no UTF-8 stand in a table, too."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def print_table(outcomes: Sequence[Outcome]) -> None:
     """What became of each scene, on standard output: as wide as the terminal, or as a file needs it."""
     console = Console()
@@ -149,7 +154,7 @@ def print_table(outcomes: Sequence[Outcome]) -> None:
         table.add_column(name, overflow="fold", justify="right" if name.startswith("M") else "left")
     for outcome in outcomes:
         speed = outcome.computed / outcome.seconds / 1e6 if outcome.seconds and outcome.computed else 0
-        table.add_row(
+        cells = (
             Path(outcome.scene).name,
             outcome.status,
             f"{outcome.pixels / 1e6:.1f}" if outcome.pixels else "",
@@ -157,4 +162,5 @@ def print_table(outcomes: Sequence[Outcome]) -> None:
             f"{outcome.peak_bytes / 2**30:.2f} GiB" if outcome.peak_bytes else "",
             outcome.error or "\n".join(filter(None, (outcome.result, outcome.routed))),
         )
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     console.print(table, highlight=False)

@@ -7,15 +7,25 @@ import numpy as np
 
 from bigvision.jobs.process.ledger import Ledger
 from tiling import ZarrWriter, to_cog
-from tiling.publish import discard
+from tiling.publish import discard, publish
 
 Fraction = Callable[[float], object]
 
 
 def finish(
-    ledger: Ledger, writer: ZarrWriter, target: Path, tags: dict[str, str], progress: Fraction
+    ledger: Ledger,
+    writer: ZarrWriter,
+    target: Path,
+    tags: dict[str, str],
+    progress: Fraction,
+    *,
+    overwrite: bool,
 ) -> None:
-    """Complete the result and give it its name at once; what was begun by an interrupted run is made anew."""
+    """Complete the result and give it its name at once; what was begun by an interrupted run is made anew.
+
+    Raises:
+        ValueError: something appeared under the name meanwhile that may not be replaced; the pixels stay.
+    """
     for begun in ledger.folder.glob(f"*{ledger.draft.name}*"):
         discard(begun)
     kept = writer.profile
@@ -33,4 +43,4 @@ def finish(
         threads=2,
         progress=progress,
     )
-    ledger.draft.replace(target)
+    publish(ledger.draft, target, replace=overwrite)

@@ -15,6 +15,7 @@ from bigvision.graph.geometry import NOMINAL_SIZE, geometry, padded_size, total_
 from bigvision.graph.probe import probe
 from bigvision.graph.trace import UntraceableError, trace
 from bigvision.jobs.process.allocation import peak_bytes
+from bigvision.models.identity import graph_hash
 
 _SAMPLE = 256  # rows and columns of the image that memory is estimated on
 
@@ -24,6 +25,7 @@ class Analysis:
     """A network's geometry, and the bytes of activations alive at once for one pixel in float32.
 
     inexact: why tiles can't equal the whole image; empty where they can. source: "graph" or "probe".
+    graph: hash of what is computed, "" where that can't be written down.
     """
 
     stride: int
@@ -32,6 +34,7 @@ class Analysis:
     bytes_per_pixel: float
     parameter_bytes: int
     source: str
+    graph: str = ""
 
 
 def analyse(model: nn.Module, shape: tuple[int, int, int]) -> Analysis:
@@ -42,6 +45,15 @@ def analyse(model: nn.Module, shape: tuple[int, int, int]) -> Analysis:
         return _of_graph(model, (channels, *padded_size(height, width, stride)), stride)
     except UntraceableError:
         return _of_probe(model, channels)
+
+
+@lru_cache(maxsize=4)
+def graph_of(model: nn.Module, channels: int) -> str:
+    """Hash of what `model` computes on an image of nominal size; "" where that can't be written down."""
+    try:
+        return graph_hash(trace(model, (channels, NOMINAL_SIZE, NOMINAL_SIZE)), model)
+    except ValueError:
+        return ""
 
 
 @lru_cache(maxsize=4)
@@ -56,7 +68,9 @@ def _of_graph(model: nn.Module, padded: tuple[int, int, int], stride: int) -> An
     traced = trace(model, padded)
     known = geometry(traced)
     alive = cost(traced).dense_peak_bytes / (padded[1] * padded[2])
-    return Analysis(stride, known.halo, known.inexact, alive, _weight_bytes(model), "graph")
+    return Analysis(
+        stride, known.halo, known.inexact, alive, _weight_bytes(model), "graph", graph_hash(traced, model)
+    )
 
 
 @lru_cache(maxsize=4)

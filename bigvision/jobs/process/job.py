@@ -10,13 +10,14 @@ from rich.console import Console
 
 from bigvision.jobs.process.batch import find_scenes
 from bigvision.jobs.process.cluster import open_client
-from bigvision.jobs.process.display import print_table, show_progress, stopped_line
+from bigvision.jobs.process.display import print_table, printable, show_progress, stopped_line
 from bigvision.jobs.process.network import network_spec
 from bigvision.jobs.process.options import Options
-from bigvision.jobs.process.report import write_report
+from bigvision.jobs.process.places import check_batch
+from bigvision.jobs.process.report import check_report, write_report
 from bigvision.jobs.process.run import Outcome, Watcher, run_scene
 from bigvision.jobs.process.usage import MemoryWatch
-from tiling.publish import check_free
+from tiling.addresses import without_secrets
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -31,9 +32,10 @@ def process_scenes(scenes: Sequence[str], out: Path, options: Options, *, report
     """
     found = find_scenes(scenes, out, options)
     network_spec(options, channels=1)  # a device that isn't here concerns every scene
+    check_batch(found, options, report)
     _check_writable(out)
     if report is not None:
-        check_free(report, overwrite=True)
+        check_report(report)
     console = Console(stderr=True)
     outcomes: list[Outcome] = []
     try:
@@ -44,13 +46,14 @@ def process_scenes(scenes: Sequence[str], out: Path, options: Options, *, report
                     outcome = _attempt(paths, target, options, client, watcher)
                 outcomes.append(replace(outcome, peak_bytes=watch.peak))
                 if outcome.warning:
-                    console.print(
-                        f"warning: {outcome.scene}: {outcome.warning}", highlight=False, soft_wrap=True
-                    )
+                    warning = printable(f"warning: {outcome.scene}: {outcome.warning}")
+                    console.print(warning, highlight=False, markup=False, soft_wrap=True)
                 if report is not None:
                     write_report(report, outcomes)
     except KeyboardInterrupt as stop:
-        console.print(stopped_line(stop, [paths[0] for paths, _ in found], outcomes), soft_wrap=True)
+        names = [without_secrets(paths[0]) for paths, _ in found]
+        line = printable(stopped_line(stop, names, outcomes))
+        console.print(line, markup=False, soft_wrap=True)
         raise
     print_table(outcomes)
     return all(outcome.status != "failed" for outcome in outcomes)
@@ -61,9 +64,13 @@ def _attempt(
 ) -> Outcome:
     try:
         return run_scene(paths, target, options, client=client, watcher=watcher)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        told = " ".join(str(error).split()) or type(error).__name__
-        return Outcome(paths[0], str(target), "failed", error=told)
+    except Exception as error:  # whatever a damaged file makes of its reader, the others are processed
+        scene, told = without_secrets(paths[0]), " ".join(str(error).split())
+        for path in paths:
+            told = told.replace(path, without_secrets(path))
+        if not isinstance(error, ValueError | OSError | RuntimeError) or not told:
+            told = f"{scene}: {type(error).__name__} {told}".rstrip()
+        return Outcome(scene, str(target), "failed", error=without_secrets(told))
 
 
 def _check_writable(out: Path) -> None:

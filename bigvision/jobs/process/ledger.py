@@ -83,10 +83,15 @@ class Ledger:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def ledger_folder(target: Path) -> Path:
+    """Where the unfinished result `target` is."""
+    return target.with_name(f".{target.name}.run")
+
+
 @contextmanager
 def open_ledger(target: Path) -> Iterator[Ledger]:
     """The ledger of the result `target`, held by this process alone; ValueError while another holds it."""
-    folder = target.with_name(f".{target.name}.run")
+    folder = ledger_folder(target)
     folder.mkdir(exist_ok=True)
     with locked(folder / "lock", f"{target}: another process is making this result"):
         yield Ledger(folder)

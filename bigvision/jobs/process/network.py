@@ -3,9 +3,8 @@
 Legend: C bands in, K channels out, H and W rows and columns.
 """
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from bigvision.graph.outputs import OutputError, main_output
 from bigvision.jobs.process.folding import fold_batch_norms
 from bigvision.jobs.process.options import Options
+from bigvision.models.identity import architecture_hash, state_hash
 from bigvision.models.spec import first_line, load_model, parse_spec
 from bigvision.streaming.compiled import require_compiler
 
@@ -28,7 +28,10 @@ class BandsError(ValueError):
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """What it takes to build the same network in any process."""
+    """What it takes to build the same network in any process.
+
+    stamp: name, bytes and time of its files when the command began; others make another network.
+    """
 
     model: str
     weights: Path | None
@@ -37,6 +40,11 @@ class NetworkSpec:
     dtype: str = "float32"
     compile: bool = False
     device: str = "cpu"
+    stamp: tuple[tuple[str, int, int], ...] = ()
+
+    def of(self, model: str, weights: Path | None) -> "NetworkSpec":
+        """Another model in the same place."""
+        return replace(self, model=model, weights=weights, stamp=_stamp(model, weights))
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,11 @@ class Network:
 @lru_cache(maxsize=2)
 def load_network(spec: NetworkSpec) -> Network:
     """Build a network here (the last two are kept); ValueError where model and bands don't go together."""
+    if spec.stamp != (now := _stamp(spec.model, spec.weights)):
+        changed = ", ".join(sorted({name for name, *_ in {*spec.stamp} ^ {*now}}))
+        raise ValueError(f"{changed}: changed while the command runs; type it again to use it as it is now")
     module = load_model(spec.model, spec.weights, trust=spec.trust)
-    state, architecture = state_hash(module), hashlib.sha256(repr(module).encode()).hexdigest()
+    state, architecture = state_hash(module), architecture_hash(module)
     classes = _try_out(module, spec.model, spec.channels)
     if not parse_spec(spec.model).is_program:
         fold_batch_norms(module, _example(spec.channels))
@@ -104,20 +115,17 @@ def network_spec(options: Options, channels: int, dtype: str = "float32") -> Net
         raise ValueError("--device cuda: no CUDA device is available here")
     if options.compile:
         require_compiler(torch.device(device))
+    stamp = _stamp(options.model, options.weights)
     return NetworkSpec(
-        options.model, options.weights, options.trust_model, channels, dtype, options.compile, device
+        options.model, options.weights, options.trust_model, channels, dtype, options.compile, device, stamp
     )
 
 
-def state_hash(module: nn.Module) -> str:
-    """SHA-256 over the names, types and values of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        if isinstance(tensor, Tensor):
-            flat = tensor.detach().cpu().contiguous()
-            digest.update(f"{name} {flat.dtype} {tuple(flat.shape)}".encode())
-            digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _stamp(model: str, weights: Path | None) -> tuple[tuple[str, int, int], ...]:
+    spec = parse_spec(model)
+    files = [file for file in (Path(spec.source) if spec.is_file else None, weights) if file is not None]
+    stats = [(str(file), file.stat()) for file in files if file.is_file()]
+    return tuple((name, about.st_size, about.st_mtime_ns) for name, about in stats)
 
 
 @torch.inference_mode()

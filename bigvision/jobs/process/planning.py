@@ -201,7 +201,9 @@ def _plan_tiles(
     each = (options.memory_bytes - _coordinator(options)) // processes
     forecast = _Forecast(shape, kind, analysis, precision.dtype, _base(options))
     halo, exactness = _halo(analysis, options)
+    # A halo or core as large as the scene is the whole scene, however large it was asked for.
     whole = max(padded_size(shape[1], shape[2], analysis.stride))
+    halo = min(halo, whole)
     if analysis.inexact and options.halo is None:
         tile, halo, exactness = whole, 0, "exact"
         if forecast(tile, halo) > each:
@@ -211,7 +213,8 @@ def _plan_tiles(
                 "--halo N accepts an approximation"
             )
     else:
-        tile = options.tile or _best_core(shape, analysis.stride, halo, each, forecast, processes)
+        tile = min(options.tile or 0, whole)
+        tile = tile or _best_core(shape, analysis.stride, halo, each, forecast, processes)
     predicted = forecast(tile, halo) * processes + _coordinator(options)
     if predicted > options.memory_bytes:
         raise ValueError(

@@ -18,7 +18,7 @@ from bigvision.jobs.process.ledger import Ledger
 from bigvision.jobs.process.network import Network
 from bigvision.jobs.process.options import Options
 from bigvision.jobs.process.planning import Plan
-from bigvision.jobs.process.provenance import TAG, Provenance, provenance
+from bigvision.jobs.process.provenance import TAG, Provenance, provenance, shown_address
 from bigvision.jobs.process.revisit import nearly_same, nearly_same_resampled, same_bits
 from bigvision.jobs.process.scene import Scene, open_scene
 from bigvision.jobs.process.strips import row_windows
@@ -102,9 +102,17 @@ def reuse_of(target: Path, scene: Scene, options: Options) -> Reuse | None:
 
 
 def open_previous(
-    target: Path, scene: Scene, origin: Provenance, network: Network, options: Options, reuse: Reuse | None
+    target: Path,
+    now_from: Sequence[str],
+    scene: Scene,
+    origin: Provenance,
+    network: Network,
+    options: Options,
+    reuse: Reuse | None,
 ) -> Previous:
     """The earlier result (a file, or the folder that has it under the same name) with its scene.
+
+    now_from: the addresses of the present scene.
 
     Raises:
         ValueError: no such result; made with another model, version or options, or from an input that changed
@@ -121,14 +129,21 @@ def open_previous(
             f"--previous {result.name}: was not computed in full ({tags['BIGVISION_REUSED']}), and small "
             "changes add up: give a result that was"
         )
-    paths = tuple(json.loads(tags["BIGVISION_INPUT"]))
+    # Of a URL the tag has no signature; where the scene is the same, it is read with today's.
+    given = {shown_address(path): path for path in now_from}
+    paths = tuple(given.get(name, name) for name in json.loads(tags["BIGVISION_INPUT"]))
     earlier = open_scene(paths, options)
     if reuse is None or not reuse.shift:
         try:
             check_same_grid(earlier.raster, scene.raster)
         except GridError as error:
             raise GridError(f"{error}: --resample-previous brings it onto this grid") from error
-    if provenance(paths, options, network).fingerprint != tags.get(TAG):
+    was = provenance(paths, options, network, earlier.shape)
+    if was.unknown:
+        raise ValueError(
+            f"--previous {result.name}: whether its input changed since can't be known: {was.unknown[0]}"
+        )
+    if was.fingerprint != tags.get(TAG):
         raise ValueError(
             f"--previous {result.name}: its input {paths[0]} or its model changed since it was made"
         )
@@ -180,9 +195,13 @@ def _check_alike(previous: Previous, plan: Plan) -> None:
             raise ValueError(f"--previous {previous.result.name}: {name} was {was}, now it is {value}")
 
 
-def _earlier(run: Path, target: Path) -> Raster:
+def earlier_result(run: Path, target: Path) -> Path:
     """The result that `--previous` names: a file, or a folder that has one under the target's name."""
-    path = run / target.name if run.is_dir() and not (run / "zarr.json").exists() else run
+    return run / target.name if run.is_dir() and not (run / "zarr.json").exists() else run
+
+
+def _earlier(run: Path, target: Path) -> Raster:
+    path = earlier_result(run, target)
     try:
         return open_raster(path)
     except RasterError as error:

@@ -1,30 +1,30 @@
-"""Which input, model and options a result comes from: its fingerprint, and the tags that tell a reader."""
+"""Which input, model and options a result comes from: its fingerprint, and the tags that tell a reader.
+
+What decides the pixels is in the fingerprint; how they are cut (memory, workers, tiles, scratch) is not.
+"""
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+import uuid
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import rasterio
-import torch
-from rasterio.errors import RasterioError
-
 import bigvision
+from bigvision.jobs.process.geometry import analyse, graph_of
 from bigvision.jobs.process.network import Network
 from bigvision.jobs.process.options import Options
 from bigvision.jobs.process.routed import route_identity
-from bigvision.models.spec import source_of
+from bigvision.models.identity import network_identity
+from tiling.addresses import without_secrets
+from tiling.identity import Identity, file_hash, identity
 
 TAG = "BIGVISION_FINGERPRINT"
-# What changes neither the pixels nor where they are cut into tiles for good.
-_INDIFFERENT = (
-    *("workers", "scheduler", "overwrite", "trust_model", "weights", "model", "aoi"),
-    *("route", "previous", "tolerance", "resample_previous"),
-)
-_EDGE = 2**20  # bytes at either end of a file that are hashed besides its size and time
+_ELSEWHERE = ("model", "weights", "aoi", "route", "previous", "tolerance", "resample_previous")
+_WITHOUT_EFFECT = ("trust_model", "overwrite")
+_CUT = ("memory", "scratch_limit", "min_agreement", "workers", "scheduler", "engine", "tile")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Provenance:
     def fingerprint(self) -> str:
         """One hash of all."""
         return hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Why the input may change unseen: such a result is never taken for another's, nor gone on with."""
+        return tuple(self.record["unknown"])
 
     @property
     def reused(self) -> str:
@@ -52,63 +57,71 @@ class Provenance:
         about = {
             TAG: self.fingerprint,
             "BIGVISION_VERSION": self.record["bigvision"],
-            "BIGVISION_MODEL": self.record["model"],
-            "BIGVISION_MODEL_SHA256": self.record["state"],
+            "BIGVISION_MODEL": self.record["network"]["model"],
+            "BIGVISION_MODEL_SHA256": self.record["network"]["state"],
             "BIGVISION_OPTIONS": json.dumps(self.record["options"]),
-            "BIGVISION_INPUT": json.dumps([name for name, *_ in self.record["input"]]),
+            "BIGVISION_INPUT": json.dumps(self.record["scene"]),
         }
         if self.reused:
             about["BIGVISION_REUSED"] = self.reused
         return about | {f"BIGVISION_{name.upper()}": value for name, value in more.items()}
 
+    def changed(self, paths: Sequence[str]) -> str:
+        """The first file of the input that is no longer what it was; empty where all are."""
+        was, now = self.record["input"], json.loads(json.dumps(input_identity(paths).files))
+        return next((str(old[0]) for old in [*was, *now] if (old in was) != (old in now)), "")
 
-def provenance(paths: Sequence[str], options: Options, network: Network) -> Provenance:
-    """Of a result made from `paths` by `network` with `options`."""
-    chosen = {key: value for key, value in asdict(options).items() if key not in _INDIFFERENT}
-    source = source_of(options.model)
-    return Provenance(
-        {
-            "bigvision": bigvision.__version__,
-            "torch": torch.__version__,
-            "model": options.model,
-            "architecture": network.architecture,
-            "source": _file_hash(source) if source else "",
-            "state": network.state,
-            "options": chosen | {"aoi": _file_hash(options.aoi) if options.aoi else None},
-            "route": route_identity(options.route),
-            "input": [entry for path in paths for entry in _identity(path)],
-        }
+
+def provenance(
+    paths: Sequence[str], options: Options, network: Network, shape: tuple[int, int, int]
+) -> Provenance:
+    """Of a result made from `paths`, a scene of `shape` [C, H, W], by `network` with `options`.
+
+    Raises:
+        ValueError: what `analyse` raises of the network.
+    """
+    cut = _CUT if options.halo is None else tuple(name for name in _CUT if name != "tile")
+    chosen = {
+        key: _plain(value)
+        for key, value in asdict(options).items()
+        if key not in (*_ELSEWHERE, *_WITHOUT_EFFECT, *cut)
+    }
+    seen = input_identity(paths)
+    record = {
+        "bigvision": bigvision.__version__,
+        "network": network_identity(options.model, network.module, network.state, network.architecture),
+        "graph": _graph(network, options, shape),
+        "options": chosen | {"aoi": file_hash(options.aoi) if options.aoi else None},
+        "route": route_identity(options.route, options, shape[0]),
+        "scene": [shown_address(path) for path in paths],
+        "input": seen.files,
+        "unknown": seen.unknown,
+    }
+    if seen.unknown:
+        record["once"] = uuid.uuid4().hex
+    return Provenance(json.loads(json.dumps(record)))
+
+
+def _graph(network: Network, options: Options, shape: tuple[int, int, int]) -> str:
+    """Of a scene that is cut, the graph is at hand that the cut is planned with."""
+    if options.route is not None:
+        return graph_of(network.module, shape[0])
+    return analyse(network.module, shape).graph
+
+
+def input_identity(paths: Sequence[str]) -> Identity:
+    """Of all files of a scene."""
+    found = [identity(path) for path in paths]
+    return Identity(
+        tuple(entry for one in found for entry in one.files),
+        tuple(why for one in found for why in one.unknown),
     )
 
 
-def _identity(path: str) -> list[tuple[str, int, int, str]]:
-    """Name, bytes, time in ns and a hash of both ends of every file behind a raster (a VRT's sources too)."""
-    place = Path(path)
-    if place.is_dir():
-        files: Iterable[Path] = sorted(file for file in place.rglob("*") if file.is_file())
-        stats = [(str(file.relative_to(place)), file.stat()) for file in files]
-        digest = hashlib.sha256(repr([(n, s.st_size, s.st_mtime_ns) for n, s in stats]).encode())
-        return [(str(place.absolute()), sum(s.st_size for _, s in stats), len(stats), digest.hexdigest())]
-    if not place.exists():
-        return [(path, 0, 0, "")]  # a URL: its name is all that is known without fetching it
-    try:
-        with rasterio.open(path) as dataset:
-            behind = sorted({place, *(Path(name) for name in dataset.files)})
-    except RasterioError:
-        behind = [place]
-    return [_file_identity(file) for file in behind if file.is_file()]
+def shown_address(path: str) -> str:
+    """A scene's address for whoever reads or opens it later."""
+    return str(Path(path).absolute()) if os.path.lexists(path) else without_secrets(path)
 
 
-def _file_identity(file: Path) -> tuple[str, int, int, str]:
-    about = file.stat()
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        digest.update(stream.read(_EDGE))
-        if about.st_size > _EDGE:
-            stream.seek(max(_EDGE, about.st_size - _EDGE))
-            digest.update(stream.read(_EDGE))
-    return str(file.absolute()), about.st_size, about.st_mtime_ns, digest.hexdigest()
-
-
-def _file_hash(file: Path | os.PathLike[str]) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+def _plain(value: Any) -> Any:
+    return without_secrets(str(value)) if isinstance(value, str | Path) else value

@@ -1,12 +1,13 @@
 """The report for programs: one JSON document of all scenes."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from bigvision.jobs.process.run import Outcome
-from tiling.publish import publish, staging_name
+from tiling.publish import check_free, publish, staging_name
 
 
 def write_report(path: Path, outcomes: Sequence[Outcome]) -> None:
@@ -15,6 +16,21 @@ def write_report(path: Path, outcomes: Sequence[Outcome]) -> None:
     staging = staging_name(path)
     staging.write_text(json.dumps({"scenes": scenes}, indent=1), encoding="utf-8")
     publish(staging, path)
+
+
+def check_report(path: Path) -> None:
+    """ValueError where `path` can't be written, or holds something else than such a report."""
+    check_free(path, overwrite=True)
+    if not os.path.lexists(path):
+        return
+    try:
+        known = path.is_file() and isinstance(json.loads(path.read_bytes())["scenes"], list)
+    except (OSError, ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise ValueError(
+            f"{path}: exists and is no report, so it stays; choose another --json, or move it away"
+        )
 
 
 def _speed(outcome: Outcome) -> float | None:

@@ -64,6 +64,11 @@ def record_file(target: Path) -> Path:
     return target.with_suffix(".route.tif")
 
 
+def picture_file(target: Path) -> Path:
+    """Where the picture of it stands."""
+    return target.with_suffix(".route.png")
+
+
 def earlier_route(target: Path, base: str) -> tuple[RouteRecord, Raster] | None:
     """A finished result at `target` of the same scene, networks and regions, and where its regions went.
 

@@ -9,6 +9,7 @@ Legend: C bands, R, S rows and columns of regions.
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,8 +20,9 @@ from rasterio.windows import Window
 from torch import Tensor
 
 from bigvision.jobs.process.finishing import finish
+from bigvision.jobs.process.geometry import graph_of
 from bigvision.jobs.process.ledger import Ledger
-from bigvision.jobs.process.network import NetworkSpec, load_network
+from bigvision.jobs.process.network import NetworkSpec, load_network, network_spec
 from bigvision.jobs.process.options import Options
 from bigvision.jobs.process.region_store import RegionStore, file_side
 from bigvision.jobs.process.results import ResultKind
@@ -31,15 +33,18 @@ from bigvision.jobs.process.route_state import (
     RouteState,
     copy_pixels,
     earlier_route,
+    picture_file,
     record_file,
 )
 from bigvision.jobs.process.scene import Scene
+from bigvision.models.identity import network_identity
 from bigvision.routing.merging import Rectangle
 from bigvision.routing.plan import RoutePlan
 from bigvision.routing.record import RouteRecord, route_summary
 from bigvision.routing.route_file import RouteSpec, load_route
 from bigvision.routing.scene import CHEAP, FULL, NAMES, SceneRouter
 from tiling import Raster, ZarrWriter, create_zarr, resume_zarr
+from tiling.identity import file_hash
 
 if TYPE_CHECKING:
     from bigvision.jobs.process.provenance import Provenance
@@ -80,19 +85,20 @@ def route_of(options: Options) -> RouteSpec:
     return load_route(options.route)
 
 
-def route_identity(path: Path | None) -> dict[str, object] | None:
-    """What a result depends on besides the full network: the route's values and its networks' bytes."""
+def route_identity(path: Path | None, options: Options, channels: int) -> dict[str, object] | None:
+    """What a result depends on besides the full network: the route's values, its network and its gate."""
     if path is None:
         return None
     spec = load_route(path)
-    files = [file for file in (spec.weights, spec.gate_weights) if file is not None]
+    cheap = load_network(network_spec(options, channels).of(spec.model, spec.weights))
     return {
-        "model": spec.model,
+        "network": network_identity(spec.model, cheap.module, cheap.state, cheap.architecture),
+        "graph": graph_of(cheap.module, channels),
         "region": spec.region,
         "gate": spec.gate,
         "budget": spec.budget,
         "threshold": spec.threshold,
-        "files": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
+        "gate_weights": None if spec.gate_weights is None else file_hash(spec.gate_weights),
     }
 
 
@@ -104,8 +110,12 @@ def run_routed(
     options: Options,
     origin: "Provenance",
     watcher: RouteWatcher,
+    ready: Callable[[], None],
 ) -> Routed:
-    """Route one scene into `target`, going on from what was stored of the same scene and networks."""
+    """Route one scene into `target`, going on from what was stored of the same scene and networks.
+
+    ready: raises where what is finished must not be given its name.
+    """
     base, dtype = base_fingerprint(origin.record), route_dtype(options)
     router, kind = _router(scene, spec, options)
     state = RouteState(ledger.folder, router.grid)
@@ -118,11 +128,19 @@ def run_routed(
     job.bring_to(wanted)
     seconds = time.perf_counter() - begun
     record = _record(scene, wanted, state, router.spec, base)
+    ready()
     # The result comes last: it says which record is its own.
     record.save(record_file(target))
-    record.picture(target.with_suffix(".route.png"))
+    record.picture(picture_file(target))
     tags = origin.tags(dtype=dtype, exactness="exact in each region", engine="routed")
-    finish(ledger, writer, target, tags | {ROUTE_TAG: record.digest}, watcher.finishing)
+    finish(
+        ledger,
+        writer,
+        target,
+        tags | {ROUTE_TAG: record.digest},
+        watcher.finishing,
+        overwrite=options.overwrite,
+    )
     return Routed(_summary(record, router.plan(wanted, job.pace), seconds), job.pixels, dtype)
 
 
@@ -131,7 +149,7 @@ def _router(scene: Scene, spec: NetworkSpec, options: Options) -> tuple[SceneRou
     route = route_of(options)
     full_spec = replace(spec, dtype=route_dtype(options), compile=False)
     full = load_network(full_spec)
-    cheap = load_network(replace(full_spec, model=route.model, weights=route.weights))
+    cheap = load_network(full_spec.of(route.model, route.weights))
     router = SceneRouter(
         scene,
         cheap.module,

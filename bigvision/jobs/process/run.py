@@ -1,8 +1,10 @@
 """One scene from its file to its result, going on from whatever an interrupted run left."""
 
+import os
 import shutil
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,16 +15,18 @@ from bigvision.jobs.process.geometry import analyse
 from bigvision.jobs.process.ledger import Ledger, open_ledger
 from bigvision.jobs.process.network import NetworkSpec, load_network, network_for, network_spec
 from bigvision.jobs.process.options import Options
+from bigvision.jobs.process.places import check_places, fingerprint_at, is_ours
 from bigvision.jobs.process.planning import Plan, plan_scene
 from bigvision.jobs.process.precision import choose_precision
 from bigvision.jobs.process.previous import Previous, Reuse, copy_unchanged, open_previous, reuse_of
-from bigvision.jobs.process.provenance import TAG, Provenance, provenance
+from bigvision.jobs.process.provenance import Provenance, provenance
 from bigvision.jobs.process.results import ResultKind
 from bigvision.jobs.process.routed import run_routed
 from bigvision.jobs.process.scene import Scene, open_scene
 from bigvision.jobs.process.units import Work
 from bigvision.streaming.memory import freed_memory_kept
-from tiling import RasterError, ZarrWriter, create_zarr, gdal_cache, open_raster, resume_zarr
+from tiling import ZarrWriter, create_zarr, gdal_cache, resume_zarr
+from tiling.addresses import without_secrets
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -76,31 +80,39 @@ def run_scene(
     """Process one scene into `target`; ValueError or OSError where it can't be done."""
     begun = time.perf_counter()
     watcher = watcher or Watcher()
+    check_places(paths, target, options)
     scene = open_scene(paths, options)
     spec = network_spec(options, scene.shape[0])
-    origin = provenance(paths, options, network_for(scene.raster.name, spec))
+    origin = provenance(paths, options, network_for(scene.raster.name, spec), scene.shape)
     reuse = reuse_of(target, scene, options)
     if reuse is not None:
         origin = origin.reusing(reuse.rule, reuse.source)
     pixels = scene.shape[1] * scene.shape[2]
-    warning = "" if scene.raster.crs is not None else "the scene has no CRS, so the result has none"
-    outcome = Outcome(scene.raster.name, str(target), "done", warning=warning, pixels=pixels)
-    if target.exists() and _is_ours(target, origin, options):
+    outcome = Outcome(
+        without_secrets(scene.raster.name),
+        str(target),
+        "done",
+        warning=_warning(scene, origin),
+        pixels=pixels,
+    )
+    if os.path.lexists(target) and is_ours(target, origin, options):
         return replace(outcome, status="already done", seconds=time.perf_counter() - begun)
+    ready = partial(_check_ready, target, scene, origin, paths)
     with open_ledger(target) as ledger, gdal_cache(), freed_memory_kept():
         if options.route is not None:
-            routed = run_routed(ledger, target, scene, spec, options, origin, watcher)
+            routed = run_routed(ledger, target, scene, spec, options, origin, watcher, ready)
             ledger.remove()
             seconds = time.perf_counter() - begun
             return replace(outcome, computed=routed.computed, seconds=seconds, routed=routed.summary)
-        previous = _previous(target, scene, spec, options, origin, reuse)
+        previous = _previous(target, paths, scene, spec, options, origin, reuse)
         plan, writer = _begin(ledger, target, scene, spec, options, origin)
         computed = _compute(ledger, scene, spec, options, plan, writer, client, watcher, previous)
         tags = origin.tags(
             dtype=plan.dtype, exactness=plan.exactness, engine=plan.engine, tile=str(plan.tile)
         )
+        ready()
         try:
-            finish(ledger, writer, target, tags, watcher.finishing)
+            finish(ledger, writer, target, tags, watcher.finishing, overwrite=options.overwrite)
         except KeyboardInterrupt as stop:
             raise Interrupted(1.0) from stop
         ledger.remove()
@@ -109,8 +121,32 @@ def run_scene(
     return replace(outcome, computed=computed, seconds=seconds, plan=plan, routed=told)
 
 
+def _warning(scene: Scene, origin: Provenance) -> str:
+    """What the user should know of a scene before it is believed."""
+    told = [] if scene.raster.crs is not None else ["the scene has no CRS, so the result has none"]
+    if origin.unknown:
+        told.append(
+            f"whether its files change can't be known ({origin.unknown[0]}): killed, this run begins anew, "
+            "and typed again, the command doesn't take this result for its own"
+        )
+    return "; ".join(told)
+
+
+def _check_ready(target: Path, scene: Scene, origin: Provenance, paths: tuple[str, ...]) -> None:
+    """ValueError where the scene's files, or what stands at `target`, changed while the run went on."""
+    if os.path.lexists(target):
+        fingerprint_at(target)
+    changed = origin.changed(paths)
+    if changed:
+        raise ValueError(
+            f"{without_secrets(scene.raster.name)}: {changed} changed while the scene was processed; "
+            "the same command begins anew"
+        )
+
+
 def _previous(
     target: Path,
+    paths: tuple[str, ...],
     scene: Scene,
     spec: NetworkSpec,
     options: Options,
@@ -120,22 +156,7 @@ def _previous(
     """The earlier run of `--previous`, checked."""
     if options.previous is None:
         return None
-    return open_previous(target, scene, origin, load_network(spec), options, reuse)
-
-
-def _is_ours(target: Path, origin: Provenance, options: Options) -> bool:
-    """Whether `target` is this very command's result; ValueError where it is another's and must stay."""
-    try:
-        found = open_raster(target).tags.get(TAG)
-    except RasterError:
-        found = None
-    if found == origin.fingerprint:
-        return True
-    if not options.overwrite:
-        raise ValueError(
-            f"{target}: exists and was made by another command, input or model; --overwrite replaces it"
-        )
-    return False
+    return open_previous(target, paths, scene, origin, load_network(spec), options, reuse)
 
 
 def _begin(
