@@ -14,6 +14,7 @@ from bigvision.routing.record import load_record
 from bigvision.routing.route_file import load_route
 from tiling import RasterError, open_raster
 from tiling.behind import behind, check_apart
+from tiling.replaceable import not_a_store
 
 
 def check_places(paths: Sequence[str], target: Path, options: Options) -> None:
@@ -70,7 +71,7 @@ def fingerprint_at(target: Path) -> str:
         found = open_raster(target).tags.get(TAG)
     except RasterError:
         found = None
-    if not found or not _holds_nothing_else(target):
+    if not found or (target.is_dir() and not_a_store(target) is not None):
         raise ValueError(
             f"{target}: exists and was not made by bigvision process, so it stays; choose another --out, or "
             "move it away"
@@ -92,13 +93,6 @@ def is_ours(target: Path, origin: Provenance, options: Options) -> bool:
     raise ValueError(
         f"{target}: exists and was made by another command, input or model; --overwrite replaces it"
     )
-
-
-def _holds_nothing_else(target: Path) -> bool:
-    """Whether a store has only what stores have."""
-    if target.is_symlink() or not target.is_dir():
-        return True
-    return all(entry.name in ("zarr.json", "mask") or entry.name.isdigit() for entry in target.iterdir())
 
 
 def _check_record(target: Path) -> None:
