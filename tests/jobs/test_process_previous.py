@@ -213,7 +213,7 @@ def test_a_place_that_is_nowhere_can_not_be_resampled(tmp_path: Path) -> None:
     ("given", "told"),
     [
         ({"tolerance": -1.0, "previous": Path("a")}, "--tolerance is a difference of at least 0, got -1.0"),
-        ({"tolerance": float("nan"), "previous": Path("a")}, "at least 0, got nan"),
+        ({"tolerance": float("nan"), "previous": Path("a")}, "takes finite numbers, got nan"),
         ({"tolerance": 2.0}, "--tolerance is about an earlier result: give --previous RUN, too"),
         ({"resample_previous": True}, "--resample-previous is about an earlier result"),
     ],

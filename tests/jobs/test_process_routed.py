@@ -82,7 +82,7 @@ def test_a_killed_run_goes_on_and_a_changed_budget_recomputes_what_it_must(
     scene = write(tmp_path / "scene.tif", pixels)
     run_scene((scene,), tmp_path / "whole.zarr", options(tmp_path, 0.5))
 
-    def killed(*_: object) -> None:
+    def killed(*_: object, **more: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
