@@ -16,10 +16,10 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from bigvision.graph.arguments import arguments
-from bigvision.graph.layout import HELD, Flow, Layout, refusal
+from bigvision.graph.layout import HELD, Flow, Layout, UnsupportedOperatorError, refusal
 from bigvision.graph.rules import RULES
 from bigvision.graph.rules.row_by_row import pointwise
-from bigvision.graph.trace import TracedGraph, operator_name, result_shape, result_shapes
+from bigvision.graph.trace import TracedGraph, ancestors, operator_name, result_shape, result_shapes
 
 
 def flows(traced: TracedGraph) -> dict[fx.Node, Flow]:
@@ -30,8 +30,13 @@ def flows(traced: TracedGraph) -> dict[fx.Node, Flow]:
             pixels.
         OutputError: several outputs may be meant.
     """
+    if traced.refused:
+        raise UnsupportedOperatorError(f"the network can't be repeated from its graph: {traced.refused[0]}")
     found: dict[fx.Node, Flow] = {}
-    needed = {traced.image} | _ancestors(traced.output)
+    needed = {traced.image} | ancestors([traced.output])
+    for node in traced.operators():
+        if node in needed:
+            _require_repeatable(node)
     for node in traced.graph.nodes:
         if node not in needed:
             continue
@@ -42,16 +47,6 @@ def flows(traced: TracedGraph) -> dict[fx.Node, Flow]:
 def streaming_inputs(node: fx.Node, known: dict[fx.Node, Flow]) -> list[fx.Node]:
     """The inputs that stream, each once."""
     return [source for source in node.all_input_nodes if known[source].layout is not None]
-
-
-def _ancestors(output: fx.Node) -> set[fx.Node]:
-    found, waiting = {output}, [output]
-    while waiting:
-        for source in waiting.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                waiting.append(source)
-    return found
 
 
 def _flow(node: fx.Node, known: dict[fx.Node, Flow]) -> Flow:
@@ -71,6 +66,19 @@ def _flow(node: fx.Node, known: dict[fx.Node, Flow]) -> Flow:
     if rule is not pointwise:
         _require_first_argument(node, args, streamed)
     return _checked(node, streamed, known, rule(node, args, source))
+
+
+def _require_repeatable(node: fx.Node) -> None:
+    """Operators are run more than once, on parts, by themselves."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        raise refusal(node, "it runs graphs of its own")
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
+    if torch.Tag.nondeterministic_seeded in node.target.tags:
+        args = arguments(node)
+        off = not args.get("train", args.get("training", True))
+        if not off and 0 not in (args.get("p"), args.get("dropout_p")):
+            raise refusal(node, "it draws random numbers, other ones in each pass")
 
 
 def _joined(node: fx.Node, sources: list[Flow]) -> Flow:

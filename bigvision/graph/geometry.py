@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bigvision.graph.flow import flows, streaming_inputs
 from bigvision.graph.layout import Flow
 from bigvision.graph.trace import TracedGraph, describe, result_shape, trace
+from bigvision.graph.untouched import untouched
 
 # A size that the strides of all common networks divide; nothing is computed, so it costs nothing.
 NOMINAL_SIZE = 1024
@@ -81,8 +82,12 @@ def _guessed_stride(model: nn.Module, channels: int) -> int:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(()))
     rows = _Rows()
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), rows, torch.no_grad():
-            model(torch.empty(1, channels, NOMINAL_SIZE, NOMINAL_SIZE, dtype=like.dtype, device=like.device))
+        with untouched(model), FakeTensorMode(allow_non_fake_inputs=True) as fake, rows, torch.no_grad():
+            # Of its own, for the model may change them.
+            tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+            own: dict[str, Tensor] = {name: fake.from_tensor(one) for name, one in tensors.items()}
+            image = torch.empty(1, channels, NOMINAL_SIZE, NOMINAL_SIZE, dtype=like.dtype, device=like.device)
+            torch.func.functional_call(model, own, (image,))
     except Exception:  # whatever a foreign forward raises, tracing it will tell
         return LIKELY_STRIDE
     return round(NOMINAL_SIZE / rows.least)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,7 +22,9 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from bigvision.graph.outputs import OutputError, main_output, tensors_alone
+from bigvision.graph.outputs import main_output, tensors_alone
+from bigvision.graph.untouched import untouched
+from bigvision.graph.watch import UncarriedError, Watch, differentiable, without_needless_stops
 
 _INSIDE = "network."  # what a `_Called` network's own names begin with
 
@@ -44,6 +47,9 @@ class TracedGraph:
         names: the same placeholders' qualified names in the network (``encoder.conv1.weight``).
         shape: (C, H, W).
         named: which output counts, where the caller named one.
+        refused: why the graph does not compute what the network does, half a sentence each.
+        ungradable: what of the network's own gradient the graph does not have, by name.
+        written: (module, attribute) pairs that the forward sets; they are as they were before.
     """
 
     graph: fx.Graph
@@ -54,6 +60,9 @@ class TracedGraph:
     names: dict[fx.Node, str]
     shape: tuple[int, int, int]
     named: str | int | None = None
+    refused: tuple[str, ...] = ()
+    ungradable: tuple[str, ...] = ()
+    written: frozenset[tuple[str, str]] = frozenset()
 
     @cached_property
     def output(self) -> fx.Node:
@@ -96,7 +105,36 @@ def trace(model: nn.Module, shape: tuple[int, int, int], output: str | int | Non
     (image,) = (node for node in placeholders if node.name in signature.user_inputs)
     outputs, rebuild = _outputs(program)
     names = {node: name.removeprefix(_INSIDE) for node, name in names.items()}
-    return TracedGraph(program.graph, image, outputs, rebuild, tensors, names, shape, output)
+    refused = (*called.watch.refused, *_changed_state(program, names, outputs))
+    without_needless_stops(program.graph, lambda node: operator_name(node) == "detach")
+    return TracedGraph(
+        program.graph, image, outputs, rebuild, tensors, names, shape, output, refused,
+        tuple(dict.fromkeys(called.watch.ungradable)), frozenset(called.watch.written),
+    )  # fmt: skip
+
+
+def ancestors(outputs: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes that some outputs are made from, themselves included."""
+    found = set(outputs)
+    waiting = list(found)
+    while waiting:
+        for source in waiting.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                waiting.append(source)
+    return found
+
+
+def _changed_state(
+    program: torch.export.ExportedProgram, names: dict[fx.Node, str], outputs: tuple[fx.Node, ...]
+) -> list[str]:
+    """What a forward reads and changes, so that no two of its calls need be alike; batch norms' own apart."""
+    signature = program.graph_signature
+    changed = {name.removeprefix(_INSIDE) for name in signature.buffers_to_mutate.values()}
+    changed |= {name.removeprefix(_INSIDE) for name in signature.parameters_to_mutate.values()}
+    used = {names[node] for node in ancestors(outputs) if node in names}
+    running = ("running_mean", "running_var", "num_batches_tracked")
+    return [f"each call changes {name}" for name in sorted(changed & used) if not name.endswith(running)]
 
 
 def result_shape(node: fx.Node) -> tuple[int, ...]:
@@ -123,10 +161,11 @@ def describe(node: fx.Node) -> str:
 
 
 def operator_name(node: fx.Node) -> str:
-    """``conv2d`` for `aten.conv2d.default`."""
+    """``conv2d`` for `aten.conv2d.default`, ``mine::conv2d`` for an operator of another library."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        return target.overloadpacket.__name__
+        own = f"{target.namespace}::{target.overloadpacket.__name__}"
+        return own.removeprefix("aten::")
     return getattr(target, "__name__", str(target))
 
 
@@ -137,9 +176,13 @@ class _Called(nn.Module):
         super().__init__()
         self.network = network
         self.training = network.training
+        self.watch = Watch(network)
 
     def forward(self, image: Tensor) -> Any:
-        return tensors_alone(self.network(image))
+        with untouched(self.network) as written:  # export takes a tensor kept in an attribute for a mistake
+            result = tensors_alone(self.watch.run(self.network, image))
+        self.watch.written |= written
+        return result
 
 
 def _export(model: _Called, shape: tuple[int, int, int], name: str) -> torch.export.ExportedProgram:
@@ -147,14 +190,17 @@ def _export(model: _Called, shape: tuple[int, int, int], name: str) -> torch.exp
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True):
         image = torch.empty(1, *shape, dtype=dtype, device=device)
-    with warnings.catch_warnings(), _quiet_export():
+    ordinary = torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False)
+    with warnings.catch_warnings(), _quiet_export(), ExitStack() as modes:
+        for mode in (*ordinary, differentiable(model), untouched(model.network)):
+            modes.enter_context(mode)
         warnings.simplefilter("ignore")
         try:
             # An empty table of decompositions leaves composite operators (linear, group_norm) whole.
             program = torch.export.export(model, (image,), strict=False).run_decompositions({})
             return _without_assertions(program)
-        except OutputError:
-            raise
+        except UncarriedError as error:
+            raise UntraceableError(f"{name} can't be traced: {error}") from error
         except torch._dynamo.exc.UserError as error:
             raise UntraceableError(_first_sentence(error, name, shape)) from error
         except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:

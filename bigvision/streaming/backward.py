@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from bigvision.graph.layout import UnsupportedOperatorError
 from bigvision.graph.trace import module_path, operator_name, result_shape
 from bigvision.streaming.batch_norm import SceneMoments
 from bigvision.streaming.checkpoints import BudgetError, CheckpointPlan, Scratch, plan_checkpoints
@@ -131,6 +132,7 @@ def backward(
     Raises:
         ValueError: the network's output is not at the scene's resolution, the target's shape isn't the
             scene's, or a label is unknown.
+        UnsupportedOperatorError: the network has a gradient of its own somewhere, which its graph has not.
         BudgetError: the budget can't hold the state and tape of a step.
         NonFiniteError: the loss or a gradient is not finite; the parameters' gradients are as they were.
     """
@@ -174,8 +176,14 @@ def plan_backward(program: Program, dtype: torch.dtype, budget: Budget) -> tuple
     """How every pass would be differentiated under the budget, without doing it.
 
     Raises:
+        UnsupportedOperatorError: the network has a gradient of its own somewhere, which its graph has not.
         BudgetError: the budget can't hold the state and tape of a step.
     """
+    if program.traced.ungradable:
+        raise UnsupportedOperatorError(
+            f"the network's gradient can't be streamed, only its result: its graph lacks "
+            f"{'; '.join(program.traced.ungradable)}"
+        )
     return tuple(_plan_pass(program, walk, dtype, budget) for walk in program.passes)
 
 
@@ -378,13 +386,15 @@ def _moments(program: Program, held: Held) -> tuple[SceneMoments, ...]:
 
 
 def _accumulate(program: Program, gradients: Gradients) -> None:
-    """Into the parameters, all at once and only when everything went well."""
+    """Into the parameters and past their hooks, all at once and only when everything went well."""
+    found: dict[Tensor, Tensor] = {}
     for node, tensor in program.traced.tensors.items():
         gradient = gradients.get((node, 0))
-        if gradient is None or not tensor.requires_grad:
-            continue
-        gradient = gradient.to(tensor.device, tensor.dtype)
-        tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient
+        if gradient is not None and tensor.requires_grad:
+            gradient = gradient.to(tensor.device, tensor.dtype)
+            found[tensor] = found[tensor] + gradient if tensor in found else gradient
+    if found:
+        torch.autograd.backward(list(found), list(found.values()))
 
 
 def _require_finite(values: LossSums, what: str) -> None:

@@ -44,8 +44,32 @@ def frozen_statistics(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextlib.contextmanager
+def streaming_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """While it lasts the network is in eval mode, but for batch norms that `scene_statistics` has taken over.
+
+    Flags alone are set: a network whose own `eval` does more (merging weights, say) is not asked to.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, training in modes:
+            module.training = training and isinstance(module, _BatchNorm) and _over_the_scene(module)
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _over_the_scene(norm: _BatchNorm) -> bool:
+    return norm.running_mean is not None and not norm.track_running_stats
+
+
+@contextlib.contextmanager
 def scene_statistics(model: nn.Module) -> Iterator[nn.Module]:
-    """While it lasts batch norms take the image's own statistics and write none; all else is in eval mode."""
+    """While it lasts batch norms take the image's own statistics and write none; all else is in eval mode.
+
+    with scene_statistics(model):
+        streamed = StreamedModel(model, shape)  # its gradient gives moments for `update_running_statistics`
+    """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     tracked = [norm.track_running_stats for norm in norms]
     with frozen_statistics(model):

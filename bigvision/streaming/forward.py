@@ -35,13 +35,14 @@ def forward(
             assert scratch is not None
             store = open_until_done.enter_context(temporary_rows(scratch, image.dtype, image.device))
         given = GivenRows(program.traced.image, image, store)
-        held = program.finish({}, weights_of(program, image.device))
+        with torch.autocast(image.device.type, enabled=False):
+            held = program.finish({}, weights_of(program, image.device))
         for index, walk in enumerate(program.passes):
             sums: dict[fx.Node, Sums] = {}
             for done in scanned(program, walk, schedule(walk, rows), held, given, sums):
                 if done.output is not None:
                     yield done.row, done.output
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
                 held = program.finish(sums, held)
             if store is not None:
                 store.retain(frozenset().union(*(later.given for later in program.passes[index + 1 :])))
@@ -61,7 +62,7 @@ def scanned(
     image = given.image
     scanner = Scanner(walk, plan, narrowed(held, image.dtype), given, image.dtype, image.device)
     for t in range(plan.steps):
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):  # the scene's own precision
             done = scanner.advance(t)
         for node, part in done.sums.items():
             sums[node] = program.statistics[node].merge(sums[node], part) if node in sums else part

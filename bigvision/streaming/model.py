@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from bigvision.graph import fold_batch_norm, trace_padded
 from bigvision.graph.cost import flops as cost_of
+from bigvision.graph.layout import UnsupportedOperatorError
 from bigvision.streaming.backward import BackwardResult, Budget, backward, plan_backward
+from bigvision.streaming.batch_norm import streaming_mode
 from bigvision.streaming.checkpoints import BudgetError, Scratch
 from bigvision.streaming.compiled import compiled, require_compiler
+from bigvision.streaming.following import Following
 from bigvision.streaming.footprint import forward_bytes
 from bigvision.streaming.forward import forward
 from bigvision.streaming.losses import Loss
@@ -31,7 +34,8 @@ class StreamedModel:
     """A network prepared for scenes of one shape.
 
     Args:
-        model: a network of [1, C, H, W]; put in eval mode. The streamed network shares its parameters.
+        model: a network of [1, C, H, W]; computed as in eval mode, and left as it is. The streamed network
+            shares its parameters and follows them.
         shape: (C, H, W) of the scenes. They are padded with zeros, below and on the right, to multiples of
             the network's total stride, and the output is cropped: that is the whole-image result.
         memory: what the process may take at its peak, in bytes or as "2GiB"; None: no limit.
@@ -69,7 +73,9 @@ class StreamedModel:
         limit = None if memory is None else parse_bytes(memory)
         spill = None if scratch is None else Scratch(Path(scratch[0]), parse_bytes(scratch[1]))
         self.budget = Budget(rows, limit, spill)
-        traced, self.stride = trace_padded(model.eval(), shape, output)
+        with streaming_mode(model):
+            traced, self.stride = trace_padded(model, shape, output)
+        self._following = Following(model, traced.written)
         self.program = compile_program(fold_batch_norm(traced))
         self.inference = spilled(self.program, dtype, 0 if spill is None else spill.limit)
         if compile:
@@ -86,7 +92,7 @@ class StreamedModel:
         )
         try:
             training = plan_backward(self.program, self.dtype, self.budget.beside_the_process())
-        except BudgetError:
+        except (BudgetError, UnsupportedOperatorError):
             training = None
         return StreamPlan(
             rows=self.rows,
@@ -102,6 +108,7 @@ class StreamedModel:
 
     def stream(self, source: RowSource) -> Iterator[tuple[int, Tensor]]:
         """Yield (row, y): y [1, K, h, w] holds rows row .. row + h of the whole image's output, in order."""
+        self._following.update(self.program.traced)
         image = self.image(source)
         folder = None if self.budget.scratch is None else self.budget.scratch.folder
         for row, y in forward(self.inference, image, self.rows, folder):
@@ -125,8 +132,10 @@ class StreamedModel:
         network with one answer for the image, what the loss takes), `mask` [H, W] true where a pixel counts;
         `budget` replaces the model's own.
         """
+        self._following.update(self.program.traced)
         budget = budget or self.budget.beside_the_process()
-        return backward(self.program, self.image(source), target, loss, mask=mask, budget=budget)
+        with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
+            return backward(self.program, self.image(source), target, loss, mask=mask, budget=budget)
 
     def image(self, source: RowSource) -> ImageRows:
         """A scene as this network's padded image."""

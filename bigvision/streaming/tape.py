@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from bigvision.graph.trace import operator_name
 from bigvision.streaming.held import Held
 from bigvision.streaming.program import Pass, Program, Stage
 from bigvision.streaming.scan import Lines, held_rows, no_rows
@@ -92,7 +93,8 @@ def active_nodes(program: Program) -> set[fx.Node]:
         if node in tensors:
             wanted = tensors[node].requires_grad
         else:
-            wanted = any(source in active for source in node.all_input_nodes)
+            passed = operator_name(node) != "detach"
+            wanted = passed and any(source in active for source in node.all_input_nodes)
         if wanted and node.op != "output":
             active.add(node)
     return active

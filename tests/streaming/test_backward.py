@@ -14,14 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bigvision.graph import trace_padded
 from bigvision.streaming import Budget, BudgetError, NonFiniteError, Scratch, StreamedModel
-from bigvision.streaming.backward import backward, plan_backward
+from bigvision.streaming.backward import plan_backward
 from bigvision.streaming.batch_norm import scene_statistics, update_running_statistics
 from bigvision.streaming.footprint import step_bytes
 from bigvision.streaming.losses import BinaryCrossEntropy, CrossEntropy, Dice, Focal, Loss
-from bigvision.streaming.program import compile_program
-from bigvision.streaming.source import ImageRows
 
 LOSSES = [
     CrossEntropy(torch.tensor([1.0, 2.0, 0.5]), ignore_index=255),
@@ -352,11 +349,10 @@ def test_batch_norm_over_the_scene() -> None:
     LOSSES[1](whole(image[None]), target[None]).backward()
     streamed.train()
     with scene_statistics(streamed):
-        program = compile_program(trace_padded(streamed, shape)[0])
+        stream = StreamedModel(streamed, shape, dtype=torch.float64)
     assert streamed[3].training
     assert streamed[1].track_running_stats
-    rows = ImageRows(image, shape, shape[1:], torch.float64, torch.device("cpu"))
-    result = backward(program, rows, target, LOSSES[1], budget=Budget(5))
+    result = stream.backward(image, target, LOSSES[1], budget=Budget(5))
     update_running_statistics(streamed, result.moments)
     for (name, one), two in zip(streamed.named_parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-9, atol=1e-12, msg=name)
