@@ -17,6 +17,20 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return values | node.kwargs
 
 
+def same_value(value: Any, other: Any) -> bool:
+    """Whether two values of one argument mean the same; a list is no different from a tuple."""
+    if isinstance(value, list | tuple) and isinstance(other, list | tuple):
+        return list(value) == list(other)
+    return type(value) is type(other) and bool(value == other)
+
+
+def reduced_axes(args: dict[str, Any], shape: tuple[int, ...]) -> list[int]:
+    """The axes that a reduction runs over, from 0; all where it names none."""
+    dims = args.get("dim")
+    given = range(len(shape)) if dims in (None, []) else [dims] if isinstance(dims, int) else dims
+    return [dim % len(shape) for dim in given]
+
+
 def pair(value: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
     """(rows, columns) of an argument that may be given once for both."""
     values = [value] if isinstance(value, int) else list(value)

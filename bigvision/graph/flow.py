@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from bigvision.graph.arguments import arguments
 from bigvision.graph.layout import HELD, Flow, Layout, UnsupportedOperatorError, refusal
 from bigvision.graph.rules import RULES
+from bigvision.graph.rules.registry import ANY, Rule
 from bigvision.graph.rules.row_by_row import pointwise
 from bigvision.graph.trace import TracedGraph, ancestors, operator_name, result_shape, result_shapes
 
@@ -58,14 +59,20 @@ def _flow(node: fx.Node, known: dict[fx.Node, Flow]) -> Flow:
     name = operator_name(node)
     if not streamed:
         return _grown(node, name)
-    rule = RULES.get(name) or (pointwise if _is_pointwise(node) else None)
+    rule = _rule(node, name)
     if rule is None:
         raise refusal(node, "it has no rule for rows")
-    args = arguments(node)
     source = _joined(node, [known[one] for one in streamed])
-    if rule is not pointwise:
-        _require_first_argument(node, args, streamed)
-    return _checked(node, streamed, known, rule(node, args, source))
+    flow = rule(node, source)
+    if rule.flow is not pointwise:
+        _require_first_argument(node, arguments(node), streamed)
+    return _checked(node, streamed, known, flow)
+
+
+def _rule(node: fx.Node, name: str) -> Rule | None:
+    """Ours, or ATen's tag of elementwise operators and overloads (the greater of two)."""
+    own, tagged = RULES.get(name), _tagged(node)
+    return tagged if tagged is not None and (own is None or own.flow is not pointwise) else own
 
 
 def _require_repeatable(node: fx.Node) -> None:
@@ -145,9 +152,12 @@ def _rows(flow: Flow) -> int:
     return flow.layout.rows
 
 
-def _is_pointwise(node: fx.Node) -> bool:
+def _tagged(node: fx.Node) -> Rule | None:
+    """The rule of an operator that ATen itself tags as treating every element alike, with any argument."""
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.pointwise not in target.tags:
+        return None
+    return Rule(pointwise, {argument.name: ANY for argument in target._schema.arguments})
 
 
 def _grown(node: fx.Node, name: str) -> Flow:
@@ -162,4 +172,4 @@ def _grown(node: fx.Node, name: str) -> Flow:
         return Flow(Layout())
     if name not in RULES:
         raise refusal(node, "it has no rule for rows")
-    return RULES[name](node, arguments(node), Flow(Layout()))
+    return RULES[name](node, Flow(Layout()))

@@ -104,14 +104,16 @@ def _sized(node: fx.Node, flow: Flow) -> Kernel:
     return run
 
 
-def _batch_norm(node: fx.Node, flow: Flow) -> Kernel:
+def _norm_by_running_statistics(node: fx.Node, flow: Flow) -> Kernel:
+    """Batch norm and, which is the same then, instance norm (whose own kernel copies the statistics)."""
     args = arguments(node)
-    eps = args["eps"]
+    eps, several = args["eps"], operator_name(node) == "_native_batch_norm_legit_no_training"
 
-    def run(values: Values, span: Span) -> tuple[Tensor]:
+    def run(values: Values, span: Span) -> Tensor | tuple[Tensor]:
         mean, variance = values(args["running_mean"]), values(args["running_var"])
         weight, bias = (None if args[name] is None else values(args[name]) for name in ("weight", "bias"))
-        return (F.batch_norm(values(args["input"]), mean, variance, weight, bias, False, 0.0, eps),)
+        y = F.batch_norm(values(args["input"]), mean, variance, weight, bias, False, 0.0, eps)
+        return (y,) if several else y
 
     return run
 
@@ -336,13 +338,12 @@ def pad_rows(x: Tensor, span: Span, value: float = 0.0) -> Tensor:
 
 
 _MAKERS: dict[str, Callable[[fx.Node, Flow], Kernel]] = {
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "expand"), _sized),
-    **dict.fromkeys(("unsqueeze", "squeeze"), _sized),
+    **dict.fromkeys(("view", "_unsafe_view", "expand", "unsqueeze", "squeeze"), _sized),
     **dict.fromkeys(("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d"), _pad),
     **dict.fromkeys(("max_pool2d", "max_pool2d_with_indices"), _max_pool),
     **dict.fromkeys(INTERPOLATIONS, _interpolation),
     **dict.fromkeys(("adaptive_avg_pool2d", "_adaptive_avg_pool2d"), _area),
-    "_native_batch_norm_legit_no_training": _batch_norm,
+    **dict.fromkeys(("_native_batch_norm_legit_no_training", "instance_norm"), _norm_by_running_statistics),
     "conv2d": lambda node, flow: convolution(node),
     "conv_transpose2d": _transposed_convolution,
     "avg_pool2d": _average_pool,

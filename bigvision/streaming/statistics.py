@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
 
-from bigvision.graph.arguments import arguments
+from bigvision.graph.arguments import arguments, reduced_axes
 from bigvision.graph.resampling import area_bins
-from bigvision.graph.trace import describe, operator_name, result_shape
+from bigvision.graph.trace import operator_name, result_shape
 
 Sums = tuple[Tensor, ...]
 
@@ -28,7 +29,8 @@ class Statistic(ABC):
 
     def __init__(self, node: fx.Node, source: fx.Node) -> None:
         self.node, self.source = node, source
-        self.dtype: torch.dtype = source.meta["val"].dtype
+        value: Any = node.meta["val"]
+        self.dtype: torch.dtype = (value[0] if isinstance(value, tuple | list) else value).dtype
 
     @abstractmethod
     def partial(self, x: Tensor, start: int) -> Sums:
@@ -48,7 +50,7 @@ class Statistic(ABC):
 
 
 class Total(Statistic):
-    """sum, mean and Euclidean norm over axes that include the rows."""
+    """sum, mean and p-norm over axes that include the rows."""
 
     def __init__(self, node: fx.Node, source: fx.Node) -> None:
         super().__init__(node, source)
@@ -57,13 +59,16 @@ class Total(Statistic):
         self.dims = reduced_axes(args, shape)
         self.keepdim = bool(args.get("keepdim", False))
         self.count = math.prod(shape[dim] for dim in self.dims)
-        if self.kind == "linalg_vector_norm" and args["ord"] != 2:
-            raise ValueError(f"{describe(node)} over the image is supported for ord=2, not {args['ord']}")
+        self.cast: torch.dtype | None = args.get("dtype")
+        self.order = float(args.get("ord", 1))
 
     def partial(self, x: Tensor, start: int) -> Sums:
-        """Sums, or sums of squares."""
+        """Sums, or sums of powers."""
+        x = x if self.cast is None else x.to(self.cast)
         if self.kind == "linalg_vector_norm":
-            return (x.double().square().sum(self.dims, self.keepdim),)
+            wide = x.double()
+            powers = wide.square() if self.order == 2 else wide.abs().pow(self.order)
+            return (powers.sum(self.dims, self.keepdim),)
         return (x.sum(self.dims, self.keepdim, dtype=torch.float64),)
 
     def finish(self, sums: Sums) -> Tensor:
@@ -71,31 +76,46 @@ class Total(Statistic):
         (total,) = sums
         if self.kind == "mean":
             total = total / self.count
-        return (total.sqrt() if self.kind == "linalg_vector_norm" else total).to(self.dtype)
+        if self.kind == "linalg_vector_norm":
+            total = _root(total, self.order)
+        return total.to(self.dtype)
+
+
+def _root(total: Tensor, order: float) -> Tensor:
+    """total ** (1 / order), whose gradient at zero is zero, as ATen has it."""
+    positive = total > 0
+    return torch.where(positive, torch.where(positive, total, 1.0).pow(1 / order), total)
 
 
 class BinnedMean(Statistic):
-    """Adaptive average pooling to a few bins (global pooling is one bin): [1, C, bins, bins]."""
+    """Adaptive average pooling to a few bins, [..., bins, bins]; global pooling is one bin."""
 
     def __init__(self, node: fx.Node, source: fx.Node) -> None:
         super().__init__(node, source)
         height, width = result_shape(source)[-2:]
         out_height, out_width = result_shape(node)[-2:]
         self.rows, self.cols = area_bins(height, out_height), area_bins(width, out_width)
+        self.divisor: int | None = arguments(node).get("divisor_override")
 
     def partial(self, x: Tensor, start: int) -> Sums:
         """Sums over each bin's part of these rows."""
         columns = [
             x[..., first:stop].sum(-1, dtype=torch.float64) for first, stop in zip(*self.cols, strict=True)
         ]
-        by_column = torch.stack(columns, -1)  # [1, C, h, bins]
-        rows = torch.arange(start, start + x.shape[-2], device=x.device)
-        first, stop = (torch.from_numpy(edge).to(x.device)[:, None] for edge in self.rows)
-        inside = ((rows >= first) & (rows < stop)).to(torch.float64)
-        return (torch.einsum("rh,nchw->ncrw", inside, by_column),)
+        by_column = torch.stack(columns, -1)  # [..., h, bins]
+        first, stop = (edge - start for edge in self.rows)
+        reached = (stop > 0) & (first < x.shape[-2])
+        sums = [
+            by_column[..., max(a, 0) : b, :].sum(-2)
+            for a, b in zip(first[reached].tolist(), stop[reached].tolist(), strict=True)
+        ]
+        above = int(reached.argmax())  # bins that lie above these rows; others lie below
+        return (F.pad(torch.stack(sums, -2), (0, 0, above, len(first) - above - len(sums))),)
 
     def finish(self, sums: Sums) -> Tensor:
-        """Sums over bin areas."""
+        """Sums over bin areas, or over the divisor given."""
+        if self.divisor is not None:
+            return (sums[0] / self.divisor).to(self.dtype)
         height, width = (torch.from_numpy(stop - first) for first, stop in (self.rows, self.cols))
         return (sums[0] / (height[:, None] * width).to(sums[0])).to(self.dtype)
 
@@ -124,30 +144,27 @@ class Moments(Statistic):
         return _moments(sums, self.count)
 
 
-class Spread(Statistic):
-    """std and var over axes that include the rows."""
+class Spread(Total):
+    """std and var over axes that include the rows, alone or with the mean."""
 
     def __init__(self, node: fx.Node, source: fx.Node) -> None:
         super().__init__(node, source)
-        args, shape = arguments(node), result_shape(source)
-        self.dims = reduced_axes(args, shape)
-        self.count = math.prod(shape[dim] for dim in self.dims)
-        unbiased = args.get("unbiased", True)
-        correction = args["correction"] if args.get("correction") is not None else float(bool(unbiased))
-        self.free = max(self.count - correction, 0)
-        self.shape = result_shape(node)
+        args = arguments(node)
+        given = args.get("correction")
+        correction = float(args.get("unbiased", True)) if given is None else float(given)
+        self.free = max(self.count - correction, 0.0)
 
     def partial(self, x: Tensor, start: int) -> Sums:
-        """Sum and sum of squares, float64, axes kept."""
+        """Sums and sums of squares, float64."""
         wide = x.double()
-        return wide.sum(self.dims, True), wide.square().sum(self.dims, True)
+        return wide.sum(self.dims, self.keepdim), wide.square().sum(self.dims, self.keepdim)
 
-    def finish(self, sums: Sums) -> Tensor:
+    def finish(self, sums: Sums) -> Any:
         """The standard deviation or the variance; NaN where no degree of freedom is left, as in ATen."""
-        _, variance = _moments(sums, self.count)
-        variance = variance * self.count / variance.new_tensor(self.free)
-        value = variance.sqrt() if operator_name(self.node) == "std" else variance
-        return value.reshape(self.shape).to(self.dtype)
+        mean, variance = _moments(sums, self.count)
+        variance = variance * self.count / self.free
+        spread = (_root(variance, 2) if self.kind.startswith("std") else variance).to(self.dtype)
+        return (spread, mean.to(self.dtype)) if self.kind.endswith("_mean") else spread
 
 
 def _moments(sums: Sums, count: int) -> tuple[Tensor, Tensor]:
@@ -155,42 +172,34 @@ def _moments(sums: Sums, count: int) -> tuple[Tensor, Tensor]:
     return mean, (sums[1] / count - mean.square()).clamp(min=0)
 
 
-def reduced_axes(args: dict[str, Any], shape: tuple[int, ...]) -> list[int]:
-    """The axes that a reduction runs over, from 0; all where it names none."""
-    dims = args.get("dim")
-    given = range(len(shape)) if dims in (None, []) else [dims] if isinstance(dims, int) else dims
-    return [dim % len(shape) for dim in given]
-
-
 class Extreme(Statistic):
     """amax and amin over axes that include the rows; equal extremes share the gradient, as ATen has it."""
 
     def __init__(self, node: fx.Node, source: fx.Node) -> None:
         super().__init__(node, source)
-        args, shape = arguments(node), result_shape(source)
-        self.dims = reduced_axes(args, shape)
-        self.sign = 1 if operator_name(node) == "amax" else -1
+        self.dims = reduced_axes(arguments(node), result_shape(source))
+        greatest = operator_name(node) in ("amax", "max")
+        self.reduce, self.join = (torch.amax, torch.maximum) if greatest else (torch.amin, torch.minimum)
 
     def partial(self, x: Tensor, start: int) -> Sums:
         """The extreme and how many elements reach it, axes kept."""
-        top = (self.sign * x).amax(self.dims, True)
-        return top.double(), (self.sign * x == top).sum(self.dims, True).double()
+        top = self.reduce(x, self.dims, True)
+        return top.double(), (x == top).sum(self.dims, True).double()
 
     def merge(self, left: Sums, right: Sums) -> Sums:
-        """The greater one, and the count of it."""
-        top = torch.maximum(left[0], right[0])
+        """The more extreme one (NaN, if there is any), and the count of it."""
+        top = self.join(left[0], right[0])
         return top, left[1] * (left[0] == top) + right[1] * (right[0] == top)
 
     def differentiable_partial(self, x: Tensor, start: int, whole: Sums) -> Sums:
         """The mean of the elements that reach the whole image's extreme, as a sum over rows."""
         top, count = whole
-        reached = (self.sign * x.detach()).double() == top
-        share = torch.where(reached, (self.sign * x).double(), 0) / count
+        share = torch.where(x.detach().double() == top, x.double(), 0) / count
         return share.sum(self.dims, True), torch.zeros_like(count)
 
     def finish(self, sums: Sums) -> Tensor:
         """The extreme in the operator's shape."""
-        return (self.sign * sums[0]).to(self.dtype).reshape(result_shape(self.node))
+        return sums[0].to(self.dtype).reshape(result_shape(self.node))
 
 
 class BinnedMaximum(Statistic):
@@ -205,7 +214,7 @@ class BinnedMaximum(Statistic):
     def partial(self, x: Tensor, start: int) -> Sums:
         """Each bin's maximum over these rows and its flat position in the image (-inf and -1 where none)."""
         best = x.new_full(
-            (*x.shape[:2], len(self.rows[0]), len(self.cols[0])), -torch.inf, dtype=torch.float64
+            (*x.shape[:-2], len(self.rows[0]), len(self.cols[0])), -torch.inf, dtype=torch.float64
         )
         at = torch.full_like(best, -1.0)
         for r, (top, bottom) in enumerate(zip(*self.rows, strict=True)):
@@ -213,14 +222,14 @@ class BinnedMaximum(Statistic):
             for c, (left, right) in enumerate(zip(*self.cols, strict=True)):
                 if low >= high:
                     continue
-                value, index = x[..., low:high, left:right].flatten(2).max(-1)
+                value, index = x[..., low:high, left:right].flatten(-2).max(-1)
                 row, col = index // (right - left) + low + start, index % (right - left) + left
                 best[..., r, c], at[..., r, c] = value.double(), (row * self.width + col).double()
         return best, at
 
     def merge(self, left: Sums, right: Sums) -> Sums:
-        """The greater one; the upper one of equals."""
-        later = right[0] > left[0]
+        """The greater one (NaN, if there is any); the upper one of equals, where it has any row."""
+        later = (right[0] > left[0]) | (right[0].isnan() & ~left[0].isnan()) | (left[1] < 0)
         return torch.where(later, right[0], left[0]), torch.where(later, right[1], left[1])
 
     def differentiable_partial(self, x: Tensor, start: int, whole: Sums) -> Sums:
@@ -228,7 +237,7 @@ class BinnedMaximum(Statistic):
         at = whole[1].long() - start * self.width
         rows = x.shape[-2] * self.width
         here = (at >= 0) & (at < rows)
-        picked = x.flatten(2).gather(2, at.clamp(0, rows - 1).flatten(2)).view_as(at)
+        picked = x.flatten(-2).gather(-1, at.clamp(0, rows - 1).flatten(-2)).view_as(at)
         return torch.where(here, picked.double(), 0), torch.zeros_like(whole[1])
 
     def finish(self, sums: Sums) -> Any:
@@ -261,11 +270,7 @@ class Gathered(Statistic):
 
 
 def statistic_for(node: fx.Node, source: fx.Node, axis: int) -> Statistic:
-    """The statistic behind an operator that needs the whole image; `axis` is that of its source's rows.
-
-    Raises:
-        ValueError: a case (an order, a set of axes) that none covers.
-    """
+    """The statistic behind an operator that needs the whole image; `axis` is that of its source's rows."""
     name = operator_name(node)
     if name in _VIEWS:
         return Gathered(node, source, axis)
@@ -273,13 +278,14 @@ def statistic_for(node: fx.Node, source: fx.Node, axis: int) -> Statistic:
         **dict.fromkeys(("mean", "sum", "linalg_vector_norm"), Total),
         **dict.fromkeys(("adaptive_avg_pool2d", "_adaptive_avg_pool2d", "avg_pool2d"), BinnedMean),
         **dict.fromkeys(("adaptive_max_pool2d", "max_pool2d", "max_pool2d_with_indices"), BinnedMaximum),
-        **dict.fromkeys(("amax", "amin"), Extreme),
-        **dict.fromkeys(("std", "var"), Spread),
+        **dict.fromkeys(("amax", "amin", "max", "min"), Extreme),
+        **dict.fromkeys(("std", "var", "std_mean", "var_mean"), Spread),
+        **dict.fromkeys(NORMALISATIONS, Moments),
     }
-    return kinds.get(name, Moments)(node, source)
+    return kinds[name](node, source)
 
 
-_VIEWS = frozenset(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze"))
+_VIEWS = frozenset(("view", "_unsafe_view", "squeeze"))
 
 NORMALISATIONS = frozenset(("group_norm", "native_group_norm", "instance_norm", "_native_batch_norm_legit"))
 

@@ -86,7 +86,7 @@ def leaves_of(held: Held, active: set[fx.Node]) -> Leaves:
 
 
 def active_nodes(program: Program) -> set[fx.Node]:
-    """What depends on a parameter that wants a gradient."""
+    """What depends on a parameter that wants a gradient, through numbers that have one."""
     tensors = program.traced.tensors
     active: set[fx.Node] = set()
     for node in program.traced.graph.nodes:
@@ -95,9 +95,15 @@ def active_nodes(program: Program) -> set[fx.Node]:
         else:
             passed = operator_name(node) != "detach"
             wanted = passed and any(source in active for source in node.all_input_nodes)
-        if wanted and node.op != "output":
+        if wanted and node.op != "output" and _has_floats(node):
             active.add(node)
     return active
+
+
+def _has_floats(node: fx.Node) -> bool:
+    return any(
+        isinstance(part, Tensor) and part.is_floating_point() for part in pytree.tree_leaves(node.meta["val"])
+    )
 
 
 def differentiate(seeded: Seeded, leaves: dict[Any, Tensor]) -> dict[Any, Tensor]:

@@ -16,7 +16,7 @@ from bigvision.graph.trace import result_shape
 GATHERED_ROWS = 8
 
 
-@rule("permute", "transpose", "t", "movedim")
+@rule(permute="self dims", transpose="self dim0 dim1", t="self")
 def _permuted(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     layout = layout_of(source)
     ndim = len(result_shape(node))
@@ -33,13 +33,13 @@ def _permuted(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     return Flow(moved_layout(moved(layout.rows), moved(layout.cols)))
 
 
-@rule("unsqueeze")
+@rule(unsqueeze="self dim")
 def _unsqueezed(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     layout, axis = layout_of(source), negative(args["dim"], result_shape(node))
     return Flow(moved_layout(pushed(layout.rows, axis), pushed(layout.cols, axis)))
 
 
-@rule("squeeze")
+@rule(squeeze="self dim")
 def _squeezed(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     layout = layout_of(source)
     if isinstance(args.get("dim"), int):
@@ -49,7 +49,7 @@ def _squeezed(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     return _viewed(node, args, source)
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten")
+@rule(view="self size", _unsafe_view="self size")
 def _viewed(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     layout = layout_of(source)
     before, after = result_shape(args["self"]), result_shape(node)
@@ -74,12 +74,12 @@ def _carried(before: tuple[int, ...], after: tuple[int, ...], axis: int) -> int 
     )
 
 
-@rule("expand")
+@rule(expand="self size")
 def _expanded(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     return Flow(source.layout)
 
 
-@rule("select")
+@rule(select="self dim index")
 def _selected(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     layout = layout_of(source)
     axis = negative(args["dim"], result_shape(args["self"]))
@@ -93,7 +93,7 @@ def _selected(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     )
 
 
-@rule("slice")
+@rule(slice="self dim start end step")
 def _sliced(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     layout = layout_of(source)
     before, after = result_shape(args["self"]), result_shape(node)

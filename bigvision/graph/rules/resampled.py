@@ -20,7 +20,12 @@ from bigvision.graph.trace import operator_name, result_shape
 WIDEST_STREAMED_BIN = 16
 
 
-@rule(*INTERPOLATIONS)
+@rule(
+    upsample_nearest2d="input output_size scale_factors",
+    _upsample_nearest_exact2d="input output_size scale_factors",
+    upsample_bilinear2d="input output_size align_corners scale_factors",
+    upsample_bicubic2d="input output_size align_corners scale_factors",
+)
 def _interpolated(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     before, after = result_shape(args["input"]), result_shape(node)
     factors = resample_factors(args)
@@ -43,7 +48,7 @@ def _interpolated(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     return Flow(nchw(node, source), rows, cols)
 
 
-@rule("adaptive_avg_pool2d", "_adaptive_avg_pool2d")
+@rule(adaptive_avg_pool2d="self output_size", _adaptive_avg_pool2d="self output_size")
 def _adaptive_average(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     before, after = result_shape(args["self"])[-2:], result_shape(node)[-2:]
     if before[0] > WIDEST_STREAMED_BIN * after[0] or (before != after and after[0] == 1):
@@ -52,6 +57,6 @@ def _adaptive_average(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow
     return Flow(nchw(node, source), rows, cols)
 
 
-@rule("adaptive_max_pool2d")
+@rule(adaptive_max_pool2d="self output_size")
 def _adaptive_maximum(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     return Flow(None, statistic=True)

@@ -12,20 +12,20 @@ from bigvision.graph.trace import operator_name, result_shape
 
 
 @rule(
-    "hardswish",
-    "log_sigmoid",
-    "rsub",
-    "masked_fill",
-    "_to_copy",
-    "to",
-    "contiguous",
-    "clone",
-    "alias",
+    hardswish="self",
+    log_sigmoid="self",
+    relu6="self",
+    rrelu="self lower upper training=False",
+    native_dropout="input p train=False",
+    rsub="self other alpha",
+    masked_fill="self mask value",
+    where="condition self other",
+    type_as="self other",
+    _to_copy="self dtype device pin_memory non_blocking memory_format",
+    clone="self memory_format",
+    alias="self",
+    detach="self",
 )
-@rule(
-    "dropout", "native_dropout", "detach", "lift_fresh_copy", "type_as", "relu6", "feature_dropout", "rrelu"
-)
-@rule("where")
 def pointwise(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     """Elementwise operators, broadcasting included."""
     layout = layout_of(source)
@@ -39,9 +39,13 @@ def _widest_input(node: fx.Node) -> int:
     return max(len(result_shape(source)) for source in node.all_input_nodes)
 
 
-@rule("_native_batch_norm_legit_no_training", "batch_norm", "prelu")
-@rule("channel_shuffle", "native_channel_shuffle")
-def _by_channel(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
+@rule(
+    _native_batch_norm_legit_no_training="input weight bias running_mean running_var momentum eps",
+    prelu="self weight",
+    channel_shuffle="self groups",
+    native_channel_shuffle="self groups",
+)
+def by_channel(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     """Operators that treat every channel, axis 1, in its own way, or move channels."""
     layout = layout_of(source)
     if layout.rows == 1 - len(result_shape(node)):
@@ -49,8 +53,20 @@ def _by_channel(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     return Flow(layout)
 
 
-@rule("cat", "stack", "split", "split_with_sizes", "chunk", "unbind", "softmax", "_softmax", "log_softmax")
-@rule("_log_softmax", "cumsum", "glu", "flip", "softmin")
+@rule(
+    cat="tensors dim",
+    stack="tensors dim",
+    split="self split_size dim",
+    split_with_sizes="self split_sizes dim",
+    unbind="self dim",
+    softmax="self dim dtype",
+    _softmax="self dim half_to_float",
+    log_softmax="self dim dtype",
+    _log_softmax="self dim half_to_float",
+    cumsum="self dim dtype",
+    glu="self dim",
+    flip="self dims",
+)
 def _along_an_axis(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     layout = layout_of(source)
     name = operator_name(node)
@@ -69,7 +85,12 @@ def _along_an_axis(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     return Flow(layout, local_columns=layout.cols not in along, broadcasts=True)
 
 
-@rule("linear", "layer_norm", "native_layer_norm", "rms_norm")
+@rule(
+    linear="input weight bias",
+    layer_norm="input normalized_shape weight bias eps cudnn_enable",
+    native_layer_norm="input normalized_shape weight bias eps",
+    rms_norm="input normalized_shape weight eps",
+)
 def _over_the_last_axes(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     layout = layout_of(source)
     count = len(args["normalized_shape"]) if "normalized_shape" in args else 1
@@ -78,7 +99,7 @@ def _over_the_last_axes(node: fx.Node, args: dict[str, Any], source: Flow) -> Fl
     return Flow(layout, local_columns=layout.cols is None or layout.cols < -count)
 
 
-@rule("matmul")
+@rule(matmul="self other")
 def _matmul(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     """A streamed value times a held matrix (or one vector) from the right."""
     layout, right = layout_of(source), result_shape(args["other"])
@@ -92,6 +113,11 @@ def _matmul(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     return Flow(Layout(layout.rows, cols), local_columns=layout.cols != -1)
 
 
-@rule("bmm", "einsum", "baddbmm", "scaled_dot_product_attention")
+@rule(
+    bmm="self mat2",
+    einsum="tensors equation path",
+    baddbmm="self batch1 batch2 beta alpha",
+    scaled_dot_product_attention="query key value attn_mask dropout_p is_causal scale enable_gqa",
+)
 def _attention(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     raise refusal(node, "it is attention over pixels")

@@ -17,7 +17,7 @@ from bigvision.graph.rules.registry import layout_of, nchw, rule
 from bigvision.graph.trace import operator_name, result_shape
 
 
-@rule("conv2d")
+@rule(conv2d="input weight bias stride padding dilation groups")
 def _convolution(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     before, after = result_shape(args["input"]), result_shape(node)
     if len(before) != 4:
@@ -32,7 +32,7 @@ def _convolution(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     return Flow(nchw(node, source), rows, cols)
 
 
-@rule("conv_transpose2d")
+@rule(conv_transpose2d="input weight bias stride padding output_padding groups dilation")
 def _transposed_convolution(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     before, after = result_shape(args["input"]), result_shape(node)
     if len(before) != 4:
@@ -46,7 +46,11 @@ def _transposed_convolution(node: fx.Node, args: dict[str, Any], source: Flow) -
     return Flow(nchw(node, source), rows, cols)
 
 
-@rule("max_pool2d", "max_pool2d_with_indices", "avg_pool2d")
+@rule(
+    max_pool2d="self kernel_size stride padding dilation ceil_mode",
+    max_pool2d_with_indices="self kernel_size stride padding dilation ceil_mode",
+    avg_pool2d="self kernel_size stride padding ceil_mode count_include_pad divisor_override",
+)
 def _pool(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     before, after = result_shape(args["self"]), result_shape(node)
     kernel, padding = pair(args["kernel_size"]), pair(args["padding"])
@@ -61,7 +65,12 @@ def _pool(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     return Flow(nchw(node, source), rows, cols)
 
 
-@rule("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d")
+@rule(
+    pad="self pad mode value",
+    constant_pad_nd="self pad value",
+    reflection_pad2d="self padding",
+    replication_pad2d="self padding",
+)
 def _padded(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     layout = layout_of(source)
     before = result_shape(args["self"])
@@ -83,14 +92,14 @@ def _padded(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     return Flow(layout, rows, along(layout.cols))
 
 
-@rule("pixel_shuffle")
+@rule(pixel_shuffle="self upscale_factor")
 def _shuffled(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     height, width = result_shape(args["self"])[-2:]
     r = args["upscale_factor"]
     return Flow(nchw(node, source), axes.shuffled(height, r), axes.shuffled(width, r))
 
 
-@rule("pixel_unshuffle")
+@rule(pixel_unshuffle="self downscale_factor")
 def _unshuffled(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     height, width = result_shape(args["self"])[-2:]
     r = args["downscale_factor"]
