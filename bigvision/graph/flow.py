@@ -63,10 +63,9 @@ def _flow(node: fx.Node, known: dict[fx.Node, Flow]) -> Flow:
     if rule is None:
         raise refusal(node, "it has no rule for rows")
     source = _joined(node, [known[one] for one in streamed])
-    flow = rule(node, source)
     if rule.flow is not pointwise:
         _require_first_argument(node, arguments(node), streamed)
-    return _checked(node, streamed, known, flow)
+    return _checked(node, streamed, known, rule(node, source))
 
 
 def _rule(node: fx.Node, name: str) -> Rule | None:
