@@ -16,6 +16,7 @@ from rasterio.warp import transform_bounds, transform_geom
 from rasterio.windows import Window
 
 from tiling.errors import RasterError
+from tiling.longitudes import TURN, Polygon, around
 from tiling.source import Profile
 
 Geometry = dict[str, Any]
@@ -56,10 +57,21 @@ def find_area(aoi: Geometry | str | Path, profile: Profile, name: str) -> Area:
     if profile.crs is None:
         raise RasterError(f"{name}: has no CRS, so the area of interest {origin} can't be placed on it")
     crs = _crs_of(document, origin)
+    polygons = [polygon for geometry in geometries for polygon in _polygons(geometry)]
+    if crs.is_geographic:
+        polygons = list(around(polygons))
     if crs != profile.crs:
-        near = (_near(geometry, crs, profile) for geometry in geometries)
-        geometries = tuple(_reproject(geometry, crs, profile.crs) for geometry in near if geometry)
-    window = _window_around(geometries, profile)
+        try:
+            near = _near(polygons, crs, profile)
+            polygons = [polygon for one in near for polygon in _reprojected(one, crs, profile.crs)]
+        except Exception as error:  # whatever PROJ has to say, of another planet for one
+            raise RasterError(
+                f"{name}: the area of interest {origin} in {crs.to_string()} can't be placed on a raster in "
+                f"{profile.crs.to_string()}: {error}"
+            ) from error
+    met = [(polygon, box) for polygon in polygons if (box := _box(polygon, profile)) is not None]
+    geometries = tuple({"type": "Polygon", "coordinates": polygon} for polygon, _ in met)
+    window = _union([box for _, box in met])
     if window is None:
         raise RasterError(f"{name}: the area of interest {origin} doesn't meet the raster")
     return Area(window, geometries)
@@ -131,24 +143,35 @@ def _crs_of(document: Geometry, origin: str) -> CRS:
         raise RasterError(f"{origin}: unknown CRS {text!r}") from error
 
 
-def _near(geometry: Geometry, crs: CRS, profile: Profile) -> Geometry | None:
-    """What of a geometry is near the raster: projections turn far places into nonsense, or have no room for
-    them. None where nothing is."""
+def _polygons(geometry: Geometry) -> list[Polygon]:
+    """The rings of each polygon, of points (x, y)."""
+    multi = geometry["type"] == "MultiPolygon"
+    polygons = geometry["coordinates"] if multi else [geometry["coordinates"]]
+    return [[[[float(v) for v in point[:2]] for point in ring] for ring in polygon] for polygon in polygons]
+
+
+def _near(polygons: list[Polygon], crs: CRS, profile: Profile) -> list[Polygon]:
+    """What of polygons is near the raster: projections turn far places into nonsense, or have no room for
+    them."""
     bounds = array_bounds(profile.shape[1], profile.shape[2], profile.transform)
     left, bottom, right, top = transform_bounds(profile.crs, crs, *bounds)
+    if crs.is_geographic and left > right:  # the raster itself crosses the antimeridian
+        right += TURN
     if not (left < right and bottom < top and np.isfinite([left, bottom, right, top]).all()):
-        return geometry  # around the date line, where a box is no simple one
+        return polygons  # around a pole, where a box is no simple one
     across, up = right - left, top - bottom
-    limits = ((0, left - across, 1), (0, right + across, -1), (1, bottom - up, 1), (1, top + up, -1))
-    polygons = geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
+    west, east = left - across, right + across
+    if crs.is_geographic and left >= -TURN / 2 and right <= TURN / 2:
+        west, east = max(west, -TURN / 2), min(east, TURN / 2)  # beyond, a projection begins anew
+    limits = ((0, west, 1), (0, east, -1), (1, bottom - up, 1), (1, top + up, -1))
     kept = []
     for polygon in polygons:
-        rings = [[[float(x) for x in point[:2]] for point in ring] for ring in polygon]
+        rings = polygon
         for limit in limits:
             rings = [_clip(ring, *limit) for ring in rings]
         if rings[0]:
             kept.append([ring for ring in rings if ring])
-    return {"type": "MultiPolygon", "coordinates": kept} if kept else None
+    return kept
 
 
 def _clip(ring: list[list[float]], axis: int, limit: float, sign: int) -> list[list[float]]:
@@ -165,11 +188,9 @@ def _clip(ring: list[list[float]], axis: int, limit: float, sign: int) -> list[l
     return [*out, out[0]] if out else []
 
 
-def _reproject(geometry: Geometry, source: CRS, destination: CRS) -> Geometry:
-    polygons = geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
-    dense = [[_densify(ring) for ring in polygon] for polygon in polygons]
-    moved: Geometry = transform_geom(source, destination, {"type": "MultiPolygon", "coordinates": dense})
-    return moved
+def _reprojected(polygon: Polygon, source: CRS, destination: CRS) -> list[Polygon]:
+    dense = [_densify(ring) for ring in polygon]
+    return _polygons(transform_geom(source, destination, {"type": "Polygon", "coordinates": dense}))
 
 
 def _densify(ring: list[list[float]], pieces: int = 16) -> list[list[float]]:
@@ -181,18 +202,24 @@ def _densify(ring: list[list[float]], pieces: int = 16) -> list[list[float]]:
     return result
 
 
-def _window_around(geometries: tuple[Geometry, ...], profile: Profile) -> Window | None:
-    corners = []
-    if not geometries:
+def _box(polygon: Polygon, profile: Profile) -> Window | None:
+    """The window around what of a polygon lies in the raster; None where nothing does."""
+    columns, rows = np.asarray([(~profile.transform) @ (point[0], point[1]) for point in polygon[0]]).T
+    if not (np.isfinite(columns).all() and np.isfinite(rows).all()):
         return None
-    for geometry in geometries:
-        multi = geometry["type"] == "MultiPolygon"
-        for polygon in geometry["coordinates"] if multi else [geometry["coordinates"]]:
-            corners += [(~profile.transform) @ (point[0], point[1]) for point in polygon[0]]
     # A thousandth of a pixel: edges that lie on pixel edges stay there in spite of rounding and bending.
-    columns, rows = np.asarray(corners).T
     left, right = max(0, np.floor(columns.min() + 1e-3)), min(profile.shape[2], np.ceil(columns.max() - 1e-3))
     top, bottom = max(0, np.floor(rows.min() + 1e-3)), min(profile.shape[1], np.ceil(rows.max() - 1e-3))
     if left >= right or top >= bottom:
         return None
     return Window(int(left), int(top), int(right - left), int(bottom - top))
+
+
+def _union(boxes: list[Window]) -> Window | None:
+    """The window around all of them; None of none."""
+    if not boxes:
+        return None
+    left, top = min(box.col_off for box in boxes), min(box.row_off for box in boxes)
+    right = max(box.col_off + box.width for box in boxes)
+    bottom = max(box.row_off + box.height for box in boxes)
+    return Window(left, top, right - left, bottom - top)

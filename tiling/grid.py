@@ -87,10 +87,8 @@ class TileGrid(Sequence[Tile]):
         top, left = row * self.tile[0], column * self.tile[1]
         bottom, right = min(top + self.tile[0], self.height), min(left + self.tile[1], self.width)
         core = Window(left, top, right - left, bottom - top)
-        above, below, before, after = self.halo
-        y0, y1 = _pad(top, bottom, above, below, self.align[0], self.height)
-        x0, x1 = _pad(left, right, before, after, self.align[1], self.width)
-        return Tile(row * columns + column, core, Window(x0, y0, x1 - x0, y1 - y0))
+        padded = padded_window(core, (self.height, self.width), self.halo, self.align)
+        return Tile(row * columns + column, core, padded)
 
     @overload
     def __getitem__(self, index: int) -> Tile: ...
@@ -130,6 +128,14 @@ class TileGrid(Sequence[Tile]):
             f"TileGrid({self.height}, {self.width}, tile={self.tile}, halo={self.halo}, align={self.align}): "
             f"{self.shape[0]} x {self.shape[1]} tiles"
         )
+
+
+def padded_window(core: Window, size: tuple[int, int], halo: Margins = 0, align: Pair = 1) -> Window:
+    """What must be read of a raster of `size` (height, width) for a window of it: see `TileGrid`."""
+    (above, below, before, after), (tall, wide) = _margins(halo), _pair(align)
+    y0, y1 = _pad(core.row_off, core.row_off + core.height, above, below, tall, size[0])
+    x0, x1 = _pad(core.col_off, core.col_off + core.width, before, after, wide, size[1])
+    return Window(x0, y0, x1 - x0, y1 - y0)
 
 
 def shard_aligned(

@@ -178,6 +178,11 @@ class Raster:
         return self.nodata is None and any(v is not None and holds(self.dtype, v) for v in values)
 
     @property
+    def area(self) -> Area | None:
+        """The window of its source that it shows, and the area of interest there; None where it is whole."""
+        return self._area
+
+    @property
     def bounds(self) -> tuple[float, float, float, float]:
         """(left, bottom, right, top) in CRS units, of the box around the raster if it is rotated."""
         return tuple(array_bounds(self.height, self.width, self.transform))

@@ -84,7 +84,7 @@ def process(
     bands: Annotated[str | None, typer.Option(help="Bands to read, from 1, in order: 1,2,3.")] = None,
     stack: Annotated[bool, typer.Option("--stack", help="The SCENEs are the bands of one scene.")] = False,
     resolution: Annotated[float | None, typer.Option(help="Resample to this pixel size (CRS units).")] = None,
-    aoi: Annotated[Path | None, typer.Option(help="GeoJSON area of interest: the rest is nodata.")] = None,
+    aoi: Annotated[Path | None, typer.Option(help="GeoJSON area of interest: what is written.")] = None,
     mean: Annotated[str | None, typer.Option(help="Mean of each band, subtracted after --scale.")] = None,
     std: Annotated[str | None, typer.Option(help="Standard deviation of each band.")] = None,
     scale: Annotated[float, typer.Option(help="Divide the values by this first.")] = 1.0,

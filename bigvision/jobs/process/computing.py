@@ -41,12 +41,17 @@ class Computation:
     @cached_property
     def units(self) -> Sequence[Tile]:
         """What is computed, stored and marked one by one."""
-        return self.plan.grid(self.scene.shape, self.writer)
+        return self.plan.units(self.scene.shape, self.scene.frame, self.writer)
+
+    @cached_property
+    def bands(self) -> Sequence[Tile]:
+        """What passes for statistics sum: of the whole scene, whatever is written."""
+        return self.plan.bands(self.scene.shape, self.writer) if self.plan.phases else ()
 
     @cached_property
     def store(self) -> PhaseStore:
         """The sums of all bands."""
-        return PhaseStore(self.ledger.sums, len(self.units))
+        return PhaseStore(self.ledger.sums, len(self.bands))
 
     def left(self) -> list[Tile]:
         """The units that aren't done."""
@@ -58,18 +63,23 @@ class Computation:
         if not self.left():
             return [[] for _ in range(self.plan.phases or 0)]
         summed = [self.store.done(phase) for phase in range(self.plan.phases or 0)]
-        return [[band for band in self.units if band.index not in done] for done in summed]
+        return [[band for band in self.bands if band.index not in done] for done in summed]
 
     def pixels_left(self) -> int:
-        """To be stored, where a pixel counts in equal parts for each pass over it."""
+        """Of the result, to be computed: all passes together are worth its pixels."""
         left, to_sum = self.left(), self.to_sum()
         missing = sum(_pixels(units) for units in (*to_sum, left)) - stored_pixels(self.ledger, left)
-        return missing // (1 + len(to_sum))
+        return int(missing * self._worth)
 
     @property
     def pixels(self) -> int:
-        """Of the whole work, likewise."""
+        """Of the result."""
         return _pixels(self.units)
+
+    @cached_property
+    def _worth(self) -> float:
+        """Of a pixel in one pass."""
+        return self.pixels / ((self.plan.phases or 0) * _pixels(self.bands) + self.pixels)
 
     def run(self, work: Work, client: "Client | None", computed: Callable[[float], object]) -> None:
         """Compute what is left; `computed` is told of pixels as `pixels_left` counts them.
@@ -79,12 +89,11 @@ class Computation:
         """
         remote = client is not None
         try:
-            to_sum = self.to_sum()
 
             def progress(more: float) -> None:
-                computed(more / (1 + len(to_sum)))
+                computed(more * self._worth)
 
-            for phase, bands in enumerate(to_sum):
+            for phase, bands in enumerate(self.to_sum()):
                 assert isinstance(work.engine, PhasedEngine)
                 summed = partial(_summed, self.store, phase, bands)
                 with followed(progress, remote=remote, stored=summed) as tell:

@@ -25,9 +25,16 @@ from tiling import Tile
 Padded = tuple[NDArray[np.float32], NDArray[np.bool_]]
 
 
+class View(Pixels, Protocol):
+    """A scene, of which an area of interest may be all that is written."""
+
+    def inside(self, window: Window) -> NDArray[np.bool_]:
+        """Which pixels of a window are written, bool [h, w]."""
+
+
 @dataclass(frozen=True)
 class Piece:
-    """Part of a unit's core: logits [K, h, w] over `window`, and where the scene has data, bool [h, w]."""
+    """Part of a unit's core: logits [K, h, w] over `window`, and which pixels are written, bool [h, w]."""
 
     window: Window
     logits: Tensor
@@ -44,7 +51,7 @@ class Engine(Protocol):
     def at_once(self) -> int:
         """More than one, and units are read and written while another is computed."""
 
-    def read(self, scene: Pixels, unit: Tile) -> Any:
+    def read(self, scene: View, unit: Tile) -> Any:
         """What `pieces` needs of the scene."""
 
     def below(self, unit: Tile, rows: int) -> Tile:
@@ -65,9 +72,13 @@ class TilesEngine:
     stride: int
     at_once: int = 3  # one is read, one computed, one written
 
-    def read(self, scene: Pixels, unit: Tile) -> Padded:
-        """The padded tile, float32 [C, h, w], and where it has data."""
-        return scene.read(unit.padded)
+    def read(self, scene: View, unit: Tile) -> Padded:
+        """The padded tile, float32 [C, h, w], and where the core has data that is wanted."""
+        shown = scene.inside(unit.core)
+        if not shown.any():
+            return np.empty((0, 0, 0), np.float32), shown
+        pixels, valid = scene.read(unit.padded)
+        return pixels, shown & valid[unit.crop]
 
     def below(self, unit: Tile, rows: int) -> Tile:
         """The unit itself: a tile is stored whole."""
@@ -75,8 +86,7 @@ class TilesEngine:
 
     def pieces(self, network: Network, unit: Tile, read: Padded) -> Iterator[Piece]:
         """One piece, the core; none where it is all nodata."""
-        pixels, valid = read
-        shown = valid[unit.crop]
+        pixels, shown = read
         if shown.any():
             yield Piece(unit.core, network(to_strides(pixels, self.stride))[:, *unit.crop], shown)
 

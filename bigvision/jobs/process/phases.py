@@ -18,7 +18,7 @@ from rasterio.windows import Window
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bigvision.jobs.process.engine import Piece
+from bigvision.jobs.process.engine import Piece, View
 from bigvision.jobs.process.following import Progress
 from bigvision.jobs.process.network import Network, NetworkSpec, load_network
 from bigvision.jobs.process.scene import Scene
@@ -28,7 +28,6 @@ from bigvision.streaming.bands import BandedStream, OnStep, PhaseSums
 from bigvision.streaming.checkpoints import Scratch
 from bigvision.streaming.memory import freed_memory_kept
 from bigvision.tensors import save_tensors
-from datasets.pairs import Pixels
 from tiling import Tile
 from tiling.publish import publish, staging_name
 
@@ -88,7 +87,7 @@ class PhasedEngine:
     scratch: Scratch | None = None
     at_once: int = 1  # a unit overlaps its own reading, computing and writing
 
-    def read(self, scene: Pixels, unit: Tile) -> Pixels:
+    def read(self, scene: View, unit: Tile) -> View:
         """The scene itself, which is read by rows while they are computed."""
         return scene
 
@@ -98,7 +97,7 @@ class PhasedEngine:
         above = max(0, rows - self.rows - self.stride) // self.stride * self.stride
         return Tile(unit.index, core, cut_rows(unit.padded, above))
 
-    def take(self, network: Network, unit: Tile, scene: Pixels, phase: int, on_step: OnStep) -> None:
+    def take(self, network: Network, unit: Tile, scene: View, phase: int, on_step: OnStep) -> None:
         """One band's sums of one phase, into the store; those of all earlier phases must be there."""
         with self._stream(network, scene) as (stream, _):
             sums = stream.sums(phase, _band(stream, unit.core), self._before(stream, phase), on_step)
@@ -110,7 +109,7 @@ class PhasedEngine:
             with self._stream(load_network(spec), scene) as (stream, _):
                 stream.forget(phase)
 
-    def pieces(self, network: Network, unit: Tile, read: Pixels) -> Iterator[Piece]:
+    def pieces(self, network: Network, unit: Tile, read: View) -> Iterator[Piece]:
         """Rows of the core as they leave the network."""
         core = unit.core
         with self._stream(network, read) as (stream, source):
@@ -118,12 +117,13 @@ class PhasedEngine:
                 start = max(row, core.row_off)
                 stop = min(row + logits.shape[-2], core.row_off + core.height)
                 if start < stop:
-                    window = Window(0, start, core.width, stop - start)
-                    kept = logits[0, :, start - row : stop - row, : core.width]
-                    yield Piece(window, kept, source.valid(start, stop))
+                    window = Window(core.col_off, start, core.width, stop - start)
+                    columns = slice(core.col_off, core.col_off + core.width)
+                    kept = logits[0, :, start - row : stop - row, columns]
+                    yield Piece(window, kept, source.valid(start, stop)[:, columns] & read.inside(window))
 
     @contextmanager
-    def _stream(self, network: Network, scene: Pixels) -> Iterator[tuple[BandedStream, SceneRows]]:
+    def _stream(self, network: Network, scene: View) -> Iterator[tuple[BandedStream, SceneRows]]:
         _, height, width = scene.shape
         with SceneRows(scene, Window(0, 0, width, height)) as source:
             model = streamed_model(network, scene.shape, self.rows, self.scratch)

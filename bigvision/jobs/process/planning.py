@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rasterio.windows import Window
 from torch import nn
 
 from bigvision.graph.geometry import padded_size
@@ -22,7 +23,8 @@ from bigvision.jobs.process.stream import StreamEngine, program_of, streamed_byt
 from bigvision.streaming.checkpoints import Scratch
 from bigvision.streaming.plan import PIXELS_A_STEP
 from bigvision.streaming.spill import scratch_bytes
-from tiling import TileGrid, ZarrWriter
+from tiling import Tile, TileGrid, ZarrWriter
+from tiling.grid import padded_window
 from tiling.memory import CACHE_BYTES
 
 _STRIP_BYTES = 32 * 2**20  # of a streamed result that is stored at once
@@ -62,11 +64,24 @@ class Plan:
     phases: int | None = None
     scratch: int = 0
 
-    def grid(self, shape: tuple[int, int, int], writer: ZarrWriter) -> TileGrid:
-        """The units of a scene [C, H, W]: squares, or full-width bands of rows."""
-        if self.engine == "tiles":
-            return writer.grid(self.tile, self.halo, self.stride)
-        return writer.grid((self.tile, shape[2]), (self.halo, 0), (self.stride, 1))
+    def units(self, shape: tuple[int, int, int], frame: Window, writer: ZarrWriter) -> list[Tile]:
+        """What is computed of a frame of a scene [C, H, W]: squares, or bands of rows as wide as the frame.
+
+        Their padded windows reach beyond the frame, as far as the scene goes, and begin where those of the
+        whole scene do.
+        """
+        cores = writer.grid(self.tile if self.engine == "tiles" else (self.tile, frame.width))
+        return [self._unit(tile, shape, frame) for tile in cores]
+
+    def _unit(self, tile: Tile, shape: tuple[int, int, int], frame: Window) -> Tile:
+        left, top = tile.core.col_off + frame.col_off, tile.core.row_off + frame.row_off
+        core = Window(left, top, tile.core.width, tile.core.height)
+        return Tile(tile.index, core, padded_window(core, shape[1:], self.halo, self.stride))
+
+    def bands(self, shape: tuple[int, int, int], writer: ZarrWriter) -> TileGrid:
+        """The bands of a whole scene [C, H, W] that passes for statistics sum."""
+        rows = -(-self.tile // writer.shard[0]) * writer.shard[0]
+        return TileGrid(shape[1], shape[2], (rows, shape[2]), 0, (self.stride, 1))
 
     def shard(self, shape: tuple[int, int, int], kind: ResultKind) -> tuple[int, int, int]:
         """Rows and columns that the store keeps in one file, and the side of its chunks."""
@@ -126,18 +141,22 @@ def plan_scene(
     precision: Precision,
     model: nn.Module,
     disk: int,
+    frame: Window | None = None,
 ) -> Plan:
-    """Choose the engine and the cut; ValueError where nothing exact can be cut, or nothing fits `--memory`.
+    """Choose the engine and the cut of a scene, or of a frame of it.
+
+    ValueError where nothing exact can be cut, or nothing fits `--memory`.
 
     Of the `disk` bytes that are free where the result goes, passes of a stream may keep values in half.
 
     `auto` streams whatever can be traced, since bands repeat less of their neighbours than tiles do;
     `--tile` and `--halo` are words about tiles, and ask for them.
     """
+    frame = frame or Window(0, 0, shape[2], shape[1])
     tiled = options.tile or options.halo is not None or analysis.source != "graph"
     if options.engine == "stream" or (options.engine == "auto" and not tiled):
-        return _plan_stream(shape, kind, analysis, options, precision, model, disk)
-    return _plan_tiles(shape, kind, analysis, options, precision)
+        return _plan_stream(shape, kind, analysis, options, precision, model, disk, frame)
+    return _plan_tiles(shape, kind, analysis, options, precision, frame)
 
 
 def _plan_stream(
@@ -148,10 +167,11 @@ def _plan_stream(
     precision: Precision,
     model: nn.Module,
     disk: int,
+    frame: Window,
 ) -> Plan:
     if analysis.source != "graph":
         raise ValueError("--engine stream needs a network that can be traced; --engine tiles does not")
-    whole = padded_size(shape[1], shape[2], analysis.stride)[0]
+    whole = padded_size(frame.height, frame.width, analysis.stride)[0]
     processes = options.workers or 1
     # Rows that depend on the whole scene are bands of its stream, which need no halo.
     halo = 0 if analysis.inexact else analysis.halo
@@ -159,19 +179,21 @@ def _plan_stream(
     band = min(-(-band // analysis.stride) * analysis.stride, whole)
     each = (options.memory_bytes - _coordinator(options)) // processes
     # A strip is made, written and compressed at once; a step's logits stand there as computed and in float32.
-    strips = 4 * _strip_rows(shape[2], kind) * shape[2] * _pixel_bytes(kind)
+    strips = 4 * _strip_rows(frame.width, kind) * frame.width * _pixel_bytes(kind)
     strips += 8 * PIXELS_A_STEP * kind.channels
     fixed = _base(options) + CACHE_BYTES + 2 * analysis.parameter_bytes + strips + shape[1] * shape[2] // 8
-    tall = whole if analysis.inexact else min(whole, band + 2 * halo)
+    tall = padded_size(shape[1], shape[2], analysis.stride)[0]
+    tall = tall if analysis.inexact else min(tall, band + 2 * halo)
+    wide = shape[2] if analysis.inexact else padded_window(frame, shape[1:], halo, analysis.stride).width
     limit = min(options.scratch_bytes, disk // 2)
-    program, stride = program_of(model, (shape[0], tall, shape[2]), precision.dtype, limit)
+    program, stride = program_of(model, (shape[0], tall, wide), precision.dtype, limit)
     for choice in streamed_bytes(program, stride, precision.dtype):
         rows, needed = choice[0], fixed + choice[1]
         if needed <= each:
             break
     else:
         raise ValueError(
-            f"streaming {shape[2]} columns takes at least {_gib(needed)} for each process, --memory allows "
+            f"streaming {wide} columns takes at least {_gib(needed)} for each process, --memory allows "
             f"{_gib(each)}"
         )
     return Plan(
@@ -196,6 +218,7 @@ def _plan_tiles(
     analysis: Analysis,
     options: Options,
     precision: Precision,
+    frame: Window,
 ) -> Plan:
     processes = options.workers or 1
     each = (options.memory_bytes - _coordinator(options)) // processes
@@ -205,7 +228,8 @@ def _plan_tiles(
     whole = max(padded_size(shape[1], shape[2], analysis.stride))
     halo = min(halo, whole)
     if analysis.inexact and options.halo is None:
-        tile, halo, exactness = whole, 0, "exact"
+        framed = (frame.height, frame.width) != shape[1:]
+        tile, halo, exactness = whole, whole if framed else 0, "exact"
         if forecast(tile, halo) > each:
             raise ValueError(
                 f"tiles can't equal the whole image: {'; '.join(analysis.inexact)}. Run whole, the scene "
@@ -214,7 +238,7 @@ def _plan_tiles(
             )
     else:
         tile = min(options.tile or 0, whole)
-        tile = tile or _best_core(shape, analysis.stride, halo, each, forecast, processes)
+        tile = tile or _best_core(frame, analysis.stride, halo, each, forecast, processes)
     predicted = forecast(tile, halo) * processes + _coordinator(options)
     if predicted > options.memory_bytes:
         raise ValueError(
@@ -268,7 +292,7 @@ def _halo(analysis: Analysis, options: Options) -> tuple[int, str]:
 
 
 def _best_core(
-    shape: tuple[int, int, int], stride: int, halo: int, budget: int, forecast: _Forecast, processes: int
+    frame: Window, stride: int, halo: int, budget: int, forecast: _Forecast, processes: int
 ) -> int:
     """The core with which the work is done first among those that fit; of equals the smallest."""
     fitting = [core for core in _CORES if forecast(core, halo) <= budget]
@@ -280,7 +304,7 @@ def _best_core(
 
     def computed(core: int) -> float:
         """Pixels computed by the busiest process, of which there are as many as ask for work."""
-        grid = TileGrid(shape[1], shape[2], core, halo, stride)
+        grid = TileGrid(frame.height, frame.width, core, halo, stride)
         return grid.overhead * -(-len(grid) // processes) / len(grid)
 
     return min(sorted(fitting), key=computed)

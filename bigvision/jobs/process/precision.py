@@ -75,13 +75,15 @@ def agreement_of(
 
 def _regions(scene: Scene) -> list[Region]:
     """A few windows with the most data among evenly spread ones; none where all is nodata."""
-    _, height, width = scene.shape
-    side = 512 if min(height, width) >= _LARGE else 256
-    read = [
-        scene.read(Window(left, top, min(side, width), min(side, height)))
-        for top in _starts(height, side)
-        for left in _starts(width, side)
+    frame = scene.frame
+    side = 512 if min(frame.height, frame.width) >= _LARGE else 256
+    rows, columns = min(side, frame.height), min(side, frame.width)
+    windows = [
+        Window(frame.col_off + left, frame.row_off + top, columns, rows)
+        for top in _starts(frame.height, side)
+        for left in _starts(frame.width, side)
     ]
+    read = [(pixels, valid & scene.inside(at)) for at in windows for pixels, valid in [scene.read(at)]]
     read.sort(key=lambda region: -int(region[1].sum()))
     return [region for region in read[:_REGIONS] if region[1].any()]
 

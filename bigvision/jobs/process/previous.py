@@ -14,7 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 from rasterio.windows import Window
 
-from bigvision.jobs.process.ledger import Ledger
+from bigvision.jobs.process.computing import Computation
 from bigvision.jobs.process.network import Network
 from bigvision.jobs.process.options import Options
 from bigvision.jobs.process.planning import Plan
@@ -23,7 +23,7 @@ from bigvision.jobs.process.revisit import nearly_same, nearly_same_resampled, s
 from bigvision.jobs.process.scene import Scene, open_scene
 from bigvision.jobs.process.strips import row_windows
 from bigvision.routing.grids import GridError, check_same_grid, resampled, under
-from tiling import Raster, RasterError, Tile, ZarrWriter, open_raster
+from tiling import Raster, RasterError, open_raster
 
 _ALIKE = ("BIGVISION_VERSION", "BIGVISION_MODEL_SHA256", "BIGVISION_OPTIONS")
 _SIDE = 1024  # of the windows that are compared at once
@@ -69,8 +69,8 @@ class Previous:
     def pixels(self, scene: Scene, window: Window) -> NDArray[Any]:
         """The earlier result [B, h, w] over a window of the present scene."""
         if self.reuse is not None and self.reuse.shift:
-            return resampled(self.result, scene.raster, window, method="nearest")
-        return self.result.read(window)
+            return resampled(self.result, scene.written, scene.framed(window), method="nearest")
+        return self.result.read(scene.framed(window))
 
     def __str__(self) -> str:
         if self.reuse is None:
@@ -90,11 +90,11 @@ def reuse_of(target: Path, scene: Scene, options: Options) -> Reuse | None:
     result, shift = _earlier(options.previous, target), ""
     if options.resample_previous:
         try:
-            check_same_grid(result, scene.raster)
+            check_same_grid(result, scene.written)
         except GridError as error:
             shift = str(error)
-            _, height, width = scene.shape
-            under(result, scene.raster, Window(0, 0, width, height))  # or it says why there is no way
+            _, height, width = scene.written.shape
+            under(result, scene.written, Window(0, 0, width, height))  # or it says why there is no way
     if not (options.tolerance or shift):
         return None
     source = result.tags.get(TAG, "")
@@ -150,30 +150,22 @@ def open_previous(
     return Previous(earlier, result, reuse)
 
 
-def copy_unchanged(
-    previous: Previous, scene: Scene, plan: Plan, writer: ZarrWriter, ledger: Ledger, units: Sequence[Tile]
-) -> list[Tile]:
-    """Store the units whose padded window (or scene, where all depends on all) is as it was.
-
-    Returns those that must be computed.
+def copy_unchanged(previous: Previous, work: Computation) -> None:
+    """Store the units that are left whose padded window (or scene, where all depends on all) is as it was.
 
     Raises:
         ValueError: an earlier result of another type or, where bits count, of other tiles.
     """
+    scene, plan, writer = work.scene, work.plan, work.writer
     _check_alike(previous, plan)
-    if plan.phases is not None and not all(
-        previous.same(scene, unit.core) for unit in plan.grid(scene.shape, writer)
-    ):
-        return list(units)  # every row depends on the whole scene
-    left = []
-    for unit in units:
+    whole = Window(0, 0, scene.shape[2], scene.shape[1])
+    if plan.phases is not None and not previous.same(scene, whole):
+        return  # every row depends on the whole scene
+    for unit in work.left():
         if plan.phases is not None or previous.same(scene, unit.padded):
             for strip in row_windows(unit.core, writer.shard[0]):
-                writer.write(previous.pixels(scene, strip), strip)
-            ledger.mark(unit.index)
-        else:
-            left.append(unit)
-    return left
+                writer.write(previous.pixels(scene, strip), scene.framed(strip))
+            work.ledger.mark(unit.index)
 
 
 def _parts(window: Window) -> Iterator[Window]:

@@ -120,12 +120,13 @@ def run_routed(
     router, kind = _router(scene, spec, options)
     state = RouteState(ledger.folder, router.grid)
     writer = _open(ledger, target, scene, kind, router.spec, options, base, state)
-    job = _Job(router, writer, kind, state, watcher)
+    job = _Job(router, scene, writer, kind, state, watcher)
     router.trace()  # not in any network's time
     begun = time.perf_counter()
     job.score_all()
     wanted = router.decide(state.score, state.data)
-    job.bring_to(wanted)
+    written = np.where(job.wanted, wanted, -1).astype(np.int16)
+    job.bring_to(written)
     seconds = time.perf_counter() - begun
     record = _record(scene, wanted, state, router.spec, base)
     ready()
@@ -141,7 +142,7 @@ def run_routed(
         watcher.finishing,
         overwrite=options.overwrite,
     )
-    return Routed(_summary(record, router.plan(wanted, job.pace), seconds), job.pixels, dtype)
+    return Routed(_summary(record, router.plan(written, job.pace), seconds), job.pixels, dtype)
 
 
 def _router(scene: Scene, spec: NetworkSpec, options: Options) -> tuple[SceneRouter, ResultKind]:
@@ -174,13 +175,22 @@ class _Job:
     def __init__(
         self,
         router: SceneRouter,
+        scene: Scene,
         writer: ZarrWriter,
         kind: ResultKind,
         state: RouteState,
         watcher: RouteWatcher,
     ) -> None:
-        self.router, self.kind, self.state, self.watcher = router, kind, state, watcher
+        self.router, self.scene, self.kind = router, scene, kind
+        self.state, self.watcher = state, watcher
         self.store = RegionStore(writer)
+        frame, side = scene.frame, router.spec.region
+        # Regions of which something is written; the decision is the whole scene's, whatever that is.
+        self.wanted = np.zeros(router.grid, bool)
+        self.wanted[
+            frame.row_off // side : -(-(frame.row_off + frame.height) // side),
+            frame.col_off // side : -(-(frame.col_off + frame.width) // side),
+        ] = True
         self.pixels = 0
         self.seconds, self.flops = [0.0, 0.0], [0.0, 0.0]
 
@@ -232,11 +242,29 @@ class _Job:
         self.flops[expert] += sum(self.router.flops(expert, one.box) for one in rectangles)
 
     def _emit(self, window: Window, logits: Tensor, valid: NDArray[np.bool_]) -> None:
+        shown = valid & self.scene.inside(window)
         result = np.full((self.kind.bands, window.height, window.width), self.kind.nodata, self.kind.dtype)
-        np.copyto(result, self.kind.convert(logits).numpy(), where=valid)
-        self.store.put(result, window)
+        np.copyto(result, self.kind.convert(logits).numpy(), where=shown)
+        part = _overlap(window, self.scene.frame)
+        if part is not None:
+            rows, columns = _within(window, part)
+            self.store.put(result[:, rows, columns], self.scene.framed(part))
         self.pixels += window.height * window.width
         self.watcher.computed(window.height * window.width)
+
+
+def _overlap(window: Window, frame: Window) -> Window | None:
+    """What both windows share."""
+    top, left = max(window.row_off, frame.row_off), max(window.col_off, frame.col_off)
+    bottom = min(window.row_off + window.height, frame.row_off + frame.height)
+    right = min(window.col_off + window.width, frame.col_off + frame.width)
+    return Window(left, top, right - left, bottom - top) if top < bottom and left < right else None
+
+
+def _within(window: Window, part: Window) -> tuple[slice, slice]:
+    """Rows and columns of an array over a window that are a part of it."""
+    top, left = part.row_off - window.row_off, part.col_off - window.col_off
+    return slice(top, top + part.height), slice(left, left + part.width)
 
 
 def _open(
@@ -257,13 +285,13 @@ def _open(
     if found is not None and found.get("base") == base and state.load():
         return resume_zarr(target, ledger.pixels, overwrite=options.overwrite)
     ledger.clear()
-    _, height, width = scene.shape
+    _, height, width = scene.written.shape
     writer = create_zarr(
         target,
         (kind.bands, height, width),
         kind.dtype,
         crs=scene.raster.crs,
-        transform=scene.raster.transform,
+        transform=scene.written.transform,
         nodata=kind.nodata,
         band_names=kind.band_names,
         colormap=kind.colormap,

@@ -87,7 +87,7 @@ def run_scene(
     reuse = reuse_of(target, scene, options)
     if reuse is not None:
         origin = origin.reusing(reuse.rule, reuse.source)
-    pixels = scene.shape[1] * scene.shape[2]
+    pixels = scene.frame.height * scene.frame.width
     outcome = Outcome(
         without_secrets(scene.raster.name),
         str(target),
@@ -174,7 +174,7 @@ def _begin(
     analysis = analyse(network.module, scene.shape)
     precision = choose_precision(scene, spec, options, kind, analysis.stride)
     disk = shutil.disk_usage(ledger.folder).free
-    plan = plan_scene(scene.shape, kind, analysis, options, precision, network.module, disk)
+    plan = plan_scene(scene.shape, kind, analysis, options, precision, network.module, disk, scene.frame)
     plan = plan.reusing(origin.reused) if origin.reused else plan
     writer = _create(ledger, target, scene, kind, plan, options)
     ledger.begin({"fingerprint": origin.fingerprint, "plan": plan.record(), "of": origin.record})
@@ -184,14 +184,14 @@ def _begin(
 def _create(
     ledger: Ledger, target: Path, scene: Scene, kind: ResultKind, plan: Plan, options: Options
 ) -> ZarrWriter:
-    _, height, width = scene.shape
-    rows, columns, chunk = plan.shard(scene.shape, kind)
+    _, height, width = scene.written.shape
+    rows, columns, chunk = plan.shard(scene.written.shape, kind)
     return create_zarr(
         target,
         (kind.bands, height, width),
         kind.dtype,
         crs=scene.raster.crs,
-        transform=scene.raster.transform,
+        transform=scene.written.transform,
         nodata=kind.nodata,
         band_names=kind.band_names,
         colormap=kind.colormap,
@@ -216,7 +216,7 @@ def _compute(
     """Compute the units that are left, here or on the cluster; returns how many pixels that was."""
     work = Computation(scene, plan, writer, ledger)
     if previous is not None:
-        copy_unchanged(previous, scene, plan, writer, ledger, work.left())
+        copy_unchanged(previous, work)
     pixels = work.pixels_left()
     watcher.planned(scene.raster.name, plan, work.pixels, pixels)
     final = replace(spec, dtype=plan.dtype, compile=options.compile)

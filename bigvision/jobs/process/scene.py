@@ -5,6 +5,7 @@ Legend: C bands, h and w rows and columns of a window.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from rasterio.windows import Window
 from bigvision.jobs.process.normalising import normalised
 from bigvision.jobs.process.options import Options
 from tiling import Raster, open_raster
+from tiling.area import Area, find_area
 
 
 @dataclass(frozen=True)
@@ -22,17 +24,41 @@ class Scene:
 
     Pixels x become (x / scale - mean) / std; a band without data, and every band of a pixel where one is NaN
     or infinite, becomes 0: the mean.
+
+    raster: all of the scene, as the network sees it, and windows count in it. area: the part that is written.
     """
 
     raster: Raster
     scale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    area: Area | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(bands, height, width)."""
         return self.raster.shape
+
+    @property
+    def frame(self) -> Window:
+        """The window that the result has: around the area of interest, or all."""
+        return Window(0, 0, self.shape[2], self.shape[1]) if self.area is None else self.area.window
+
+    @cached_property
+    def written(self) -> Raster:
+        """The raster within the frame: the result's grid."""
+        return self.raster if self.area is None else self.raster.select(window=self.frame)
+
+    def framed(self, window: Window) -> Window:
+        """A window of the scene as one of the frame."""
+        left, top = window.col_off - self.frame.col_off, window.row_off - self.frame.row_off
+        return Window(left, top, window.width, window.height)
+
+    def inside(self, window: Window) -> NDArray[np.bool_]:
+        """Which pixels of a window belong to the area of interest, bool [h, w]."""
+        if self.area is None:
+            return np.ones((window.height, window.width), bool)
+        return self.area.inside(window, self.raster.transform)
 
     def read(self, window: Window) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Normalised pixels float32 [C, h, w] and where the window has data, bool [h, w]."""
@@ -58,9 +84,9 @@ def open_scene(paths: Sequence[str], options: Options) -> Scene:
     """Open one scene (several files with --stack) as the options ask; ValueError says what doesn't fit."""
     path: Any = paths[0] if len(paths) == 1 else list(paths)
     if len(paths) == 1:
-        raster = open_raster(path, bands=options.bands, resolution=options.resolution, aoi=options.aoi)
+        raster = open_raster(path, bands=options.bands, resolution=options.resolution)
     else:
-        raster = open_raster(path, resolution=options.resolution, aoi=options.aoi)
+        raster = open_raster(path, resolution=options.resolution)
         raster = raster.select(bands=options.bands) if options.bands else raster
     bands = raster.shape[0]
     if np.issubdtype(raster.dtype, np.complexfloating):
@@ -70,6 +96,7 @@ def open_scene(paths: Sequence[str], options: Options) -> Scene:
         options.scale,
         _per_band("mean", options.mean, 0.0, bands, raster.name),
         _per_band("std", options.std, 1.0, bands, raster.name),
+        None if options.aoi is None else find_area(options.aoi, raster.profile, raster.name),
     )
 
 

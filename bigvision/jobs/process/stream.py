@@ -17,7 +17,7 @@ from rasterio.windows import Window
 from torch import nn
 
 from bigvision.graph.geometry import trace_padded
-from bigvision.jobs.process.engine import Piece
+from bigvision.jobs.process.engine import Piece, View
 from bigvision.jobs.process.network import Network
 from bigvision.streaming import StreamedModel
 from bigvision.streaming.checkpoints import Scratch
@@ -41,7 +41,7 @@ class StreamEngine:
     halo: int
     at_once: int = 1  # a unit overlaps its own reading, computing and writing
 
-    def read(self, scene: Pixels, unit: Tile) -> Pixels:
+    def read(self, scene: View, unit: Tile) -> View:
         """The scene itself, which is read by rows while they are computed."""
         return scene
 
@@ -56,9 +56,9 @@ class StreamEngine:
         skipped = max(0, core.row_off - self.halo - self.rows - top) // step * step
         return Tile(unit.index, core, cut_rows(unit.padded, skipped))
 
-    def pieces(self, network: Network, unit: Tile, read: Pixels) -> Iterator[Piece]:
+    def pieces(self, network: Network, unit: Tile, read: View) -> Iterator[Piece]:
         """Rows of the core as they leave the network."""
-        core, padded = unit.core, unit.padded
+        core, padded, columns = unit.core, unit.padded, unit.crop[1]
         model = streamed_model(network, (read.shape[0], padded.height, padded.width), self.rows)
         with SceneRows(read, padded) as source:
             for row, logits in model.stream(source):
@@ -67,7 +67,8 @@ class StreamEngine:
                 if start >= stop:
                     continue
                 window = Window(core.col_off, padded.row_off + start, core.width, stop - start)
-                yield Piece(window, logits[0, :, start - row : stop - row], source.valid(start, stop))
+                shown = source.valid(start, stop)[:, columns] & read.inside(window)
+                yield Piece(window, logits[0, :, start - row : stop - row, columns], shown)
 
 
 def cut_rows(window: Window, rows: int) -> Window:

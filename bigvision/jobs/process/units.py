@@ -87,6 +87,10 @@ class Stoppable:
         self.halt.check()
         return self.scene.read(window)
 
+    def inside(self, window: Window) -> NDArray[np.bool_]:
+        """As the scene does."""
+        return self.scene.inside(window)
+
 
 class UnitRunner:
     """What `map_tiles` calls with a unit; it stores the result itself.
@@ -125,7 +129,7 @@ class UnitRunner:
 
     def _store(self, unit: Tile, known: int, pixels: NDArray[Any], window: Window) -> int:
         """How many rows of the unit are noted as stored after this strip; the last one is with its mark."""
-        self.work.writer.write(pixels, window)
+        self.work.writer.write(pixels, self.work.scene.framed(window))
         done = window.row_off + window.height - unit.core.row_off
         if done == unit.core.height:
             return known
