@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import rasterio
 import rasterio.shutil
+from affine import Affine
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.windows import Window
 
@@ -24,6 +25,7 @@ from tiling.errors import RasterError
 from tiling.grid import TileGrid
 from tiling.integrity import check_all
 from tiling.memory import CACHE_BYTES, gdal_cache
+from tiling.metadata import Metadata, with_gcps, write_metadata
 from tiling.missing import value_for
 from tiling.opening import open_raster
 from tiling.publish import begin, check_free, discard, followed, publish, writing
@@ -155,7 +157,10 @@ def _make(
             draft, final = work / "draft.tif", work / "final.tif"
             _write_draft(raster, draft, plan, progress)
             _check_written(draft, target)
-            _copy(draft, final, plan)
+            about = raster.profile.metadata
+            # As in GDAL's own copies, a grid goes before control points.
+            placed = about.gcps and raster.transform == Affine.identity()
+            _copy(_with_gcps(draft, about) if placed else draft, final, plan)
             _check_written(final, target)
             check_free(target, overwrite, not_a_tiff)
             publish(final, target, replace=overwrite)
@@ -191,6 +196,7 @@ def _write_draft(raster: Raster, draft: Path, plan: _Plan, progress: Callable[[f
         ) as file,
     ):
         file.update_tags(**plan.tags)
+        write_metadata(file, _fitting(raster.profile.metadata, plan))
         for number, name in enumerate(plan.band_names, 1):
             file.set_band_description(number, name)
         if plan.colormap:
@@ -200,6 +206,19 @@ def _write_draft(raster: Raster, draft: Path, plan: _Plan, progress: Callable[[f
             _write_window(raster, file, tile.core, plan)
             # The copy that follows takes about as long as the draft.
             progress(0.5 * done / len(windows))
+
+
+def _fitting(about: Metadata, plan: _Plan) -> Metadata:
+    """A palette is none without its colours."""
+    colors = [band.color if band.color != "palette" or plan.colormap else "gray" for band in about.bands]
+    return replace(about, bands=tuple(replace(b, color=c) for b, c in zip(about.bands, colors, strict=True)))
+
+
+def _with_gcps(draft: Path, about: Metadata) -> Path:
+    vrt = draft.with_suffix(".vrt")
+    rasterio.shutil.copy(draft, vrt, driver="VRT")
+    vrt.write_text(with_gcps(vrt.read_text(), about))
+    return vrt
 
 
 def _write_window(raster: Raster, file: Any, window: Window, plan: _Plan) -> None:

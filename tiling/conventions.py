@@ -1,7 +1,7 @@
 """A raster's description as zarr attributes: GeoZarr's proj, spatial and multiscales conventions, and back.
 
-The conventions are written by `zarr_cm`; what they have no words for (nodata, band names, colours, tags)
-stands under one key of its own, `tiling`.
+The conventions are written by `zarr_cm`, scale, offset and unit of all bands as CF has them; what there are
+no words for (nodata, band names, colours, tags, control points) stands under one key of its own, `tiling`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from rasterio.crs import CRS
 from rasterio.errors import CRSError
 
 from tiling.errors import RasterError
+from tiling.metadata import BandAbout, Metadata, from_json
 from tiling.source import Colormap, Profile
 
 Attributes = dict[str, Any]
@@ -42,7 +43,28 @@ def describe(profile: Profile) -> Attributes:
         own["nodata"] = number_to_json(profile.nodata)
     if profile.colormap is not None:
         own["colormap"] = {str(value): list(color) for value, color in sorted(profile.colormap.items())}
-    return {**zarr_cm.create_many(conventions), KEY: own}
+    if about := profile.metadata.to_json():
+        own["metadata"] = about
+    return {**zarr_cm.create_many(conventions), **_cf(profile.metadata), KEY: own}
+
+
+def _cf(metadata: Metadata) -> Attributes:
+    """Scale, offset and unit as CF has them, where they are those of all bands."""
+    if not metadata.bands or len({(band.scale, band.offset, band.unit) for band in metadata.bands}) > 1:
+        return {}
+    band = metadata.bands[0]
+    scaled = {"scale_factor": band.scale, "add_offset": band.offset} if band.scaled else {}
+    return scaled | ({"units": band.unit} if band.unit else {})
+
+
+def read_metadata(attributes: Mapping[str, Any], bands: int) -> Metadata:
+    """What `tiling` or else CF attributes tell."""
+    own = attributes.get(KEY, {}).get("metadata")
+    if own is not None:
+        return from_json(own, bands)
+    scale, offset = float(attributes.get("scale_factor", 1.0)), float(attributes.get("add_offset", 0.0))
+    band = BandAbout(scale=scale, offset=offset, unit=str(attributes.get("units", "")))
+    return Metadata() if band == BandAbout() else Metadata((band,) * bands)
 
 
 def describe_levels(profile: Profile, levels: Sequence[tuple[int, int]], resampling: str) -> Attributes:

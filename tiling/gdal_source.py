@@ -14,6 +14,7 @@ from rasterio.windows import Window
 
 from tiling.addresses import without_secrets
 from tiling.errors import RasterError, named
+from tiling.metadata import metadata_of
 from tiling.source import Array, Colormap, Profile, common_nodata
 from tiling.validity import validity_of
 
@@ -107,6 +108,7 @@ class GdalHandle:
             band_names=tuple(file.descriptions[i - 1] or f"band_{i}" for i in indexes),
             block_shape=file.block_shapes[0],
             colormap=_colormap(file, indexes[0]) if len(indexes) == 1 else None,
+            metadata=metadata_of(file, indexes),
             tags={k: v for k, v in file.tags().items() if k not in _FORMAT_TAGS},
         )
 

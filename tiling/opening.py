@@ -17,6 +17,7 @@ from tiling.raster import Bands, Raster, band_positions
 from tiling.resample import ResampledSource, Target
 from tiling.source import Profile, Source
 from tiling.stack import StackSource
+from tiling.unscale import UnscaledSource
 from tiling.zarr_source import ZarrSource, is_zarr
 
 _LONGEST = 2**31 - 1  # pixels a side, for GDAL
@@ -30,6 +31,7 @@ def open_raster(
     resolution: float | tuple[float, float] | None = None,
     aoi: Geometry | str | Path | None = None,
     resampling: str = "nearest",
+    unscale: bool = False,
 ) -> Raster:
     """A GeoTIFF, COG, VRT, zarr or other raster as a `Raster`; nothing is read yet.
 
@@ -39,6 +41,8 @@ def open_raster(
     aoi: area of interest as GeoJSON in EPSG:4326 (dict, text or path): the raster is clipped to the window
         around it, and pixels whose centre lies outside are masked.
     resampling: how pixels are resampled where grids differ: "nearest", "bilinear", "average", "mode", ...
+
+    unscale: apply each band's scale and offset: pixels are physical values, NaN where there is no data.
 
     Raises RasterError, naming file and value, for what isn't a raster, is damaged or empty, has complex
     pixels, lacks a band, or doesn't meet the area.
@@ -55,6 +59,8 @@ def open_raster(
         source, bands = _one_file(paths[0], bands), None
     if resolution is not None:
         source = _at_resolution(source, resolution, method)
+    if unscale and source.profile.metadata.scaled:
+        source = UnscaledSource(source)
     profile = source.profile
     chosen = None if bands is None else band_positions(source.name, bands, profile.band_names)
     area = find_area(aoi, profile, source.name) if aoi is not None else None

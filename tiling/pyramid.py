@@ -110,6 +110,7 @@ def _create(group: Any, profile: Profile, number: int, size: tuple[int, int]) ->
         profile,
         shape=(profile.shape[0], *size),
         transform=profile.transform @ Affine.scale(2.0**number),
+        metadata=profile.metadata.on_grid(Affine.scale(2.0**number)),
     )
     rows, columns = (min(c, s) for c, s in zip(finest.chunks[1:], size, strict=True))
     chunks = (finest.chunks[0], rows, columns)

@@ -56,6 +56,9 @@ class Raster:
             block_shape=whole.block_shape,
             colormap=whole.colormap,
             tags=whole.tags,
+            metadata=whole.metadata.chosen(chosen).on_grid(
+                Affine.translation(window.col_off, window.row_off)
+            ),
         )
         state = (source, chosen, (window.row_off, window.col_off), area, profile)
         self.__setstate__(state)

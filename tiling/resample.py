@@ -62,12 +62,14 @@ class ResampledSource:
         """The inner source's on the target's grid."""
         inner = self.inner.profile
         size = (self.target.height, self.target.width)
+        change = Affine.shear(1, 1) if self.reprojects else ~inner.transform @ self.target.transform
         return replace(
             inner,
             shape=(inner.shape[0], *size),
             crs=self.target.crs,
             transform=self.target.transform,
             block_shape=(min(512, size[0]), min(512, size[1])),
+            metadata=inner.metadata.on_grid(change),
         )
 
     @property

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from rasterio.crs import CRS
 from rasterio.windows import Window
 
+from tiling.metadata import Metadata
+
 Array = NDArray[Any]
 Colormap = dict[int, tuple[int, int, int, int]]
 
@@ -25,7 +27,7 @@ class Profile:
     shape: (bands, height, width). nodata: the value of missing pixels, in every band; no pixel with data has
     it. block_shape: rows and columns that are stored together. colormap: class value -> (red, green, blue,
     alpha). tags: provenance. band_nodata: for each band the value that tells its missing pixels, where bands
-    have values of their own; empty where `nodata` is that of all.
+    have values of their own; empty where `nodata` is that of all. metadata: what else is kept in a copy.
     """
 
     shape: tuple[int, int, int]
@@ -38,6 +40,7 @@ class Profile:
     colormap: Colormap | None = None
     tags: dict[str, str] = field(default_factory=dict)
     band_nodata: tuple[float | None, ...] = ()
+    metadata: Metadata = field(default_factory=Metadata)
 
     @property
     def nodata_by_band(self) -> tuple[float | None, ...]:

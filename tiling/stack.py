@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from rasterio.windows import Window
 
 from tiling.addresses import address_name
+from tiling.metadata import BandAbout
 from tiling.source import Array, Handle, Profile, Source, common_nodata
 
 
@@ -42,6 +43,7 @@ class StackSource:
             band_nodata=nodata,
             band_names=tuple(name for part in self.parts for name in _band_names(part)),
             colormap=None,
+            metadata=replace(first.metadata, bands=tuple(b for profile in profiles for b in _bands(profile))),
         )
 
     @cached_property
@@ -108,6 +110,10 @@ class StackHandle:
             rows = [k for k, (p, _) in enumerate(chosen) if p == part]
             found.append((part, rows, tuple(chosen[k][1] for k in rows)))
         return found
+
+
+def _bands(profile: Profile) -> tuple[BandAbout, ...]:
+    return profile.metadata.bands or (BandAbout(),) * profile.shape[0]
 
 
 def _band_names(part: Source) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rasterio.windows import Window
 
 from tiling.addresses import without_secrets
-from tiling.conventions import KEY, read_colormap, read_crs, read_transform
+from tiling.conventions import KEY, read_colormap, read_crs, read_metadata, read_transform
 from tiling.errors import RasterError, named
 from tiling.source import Array, Handle, Profile, not_missing
 
@@ -168,6 +168,7 @@ def _profile(path: str, array: zarr.Array[Any], attributes: Mapping[str, Any]) -
         block_shape=(array.chunks[-2], array.chunks[-1]),
         colormap=read_colormap(own),
         tags=dict(own.get("tags", {})),
+        metadata=read_metadata(attributes, bands),
     )
 
 

@@ -24,6 +24,7 @@ from tiling.conventions import describe
 from tiling.errors import RasterError
 from tiling.grid import Margins, Pair, TileGrid, shard_aligned
 from tiling.memory import gdal_cache
+from tiling.metadata import Metadata
 from tiling.missing import common_value
 from tiling.publish import begin, check_free, discard, followed, publish, writing
 from tiling.raster import Raster
@@ -188,6 +189,7 @@ def create_zarr(
     band_names: tuple[str, ...] | None = None,
     colormap: Colormap | None = None,
     tags: dict[str, str] | None = None,
+    metadata: Metadata | None = None,
     mask: bool | Literal["bands"] = False,
     chunk: int = CHUNK,
     shard: Pair | None = None,
@@ -197,6 +199,7 @@ def create_zarr(
     """An empty store to fill, shard by shard and from any number of processes; `publish` completes it.
 
     shape: (bands, height, width). nodata: also what unwritten pixels hold (0 without one).
+    metadata: what else is told of the raster, as in its profile.
     mask: keep a mask of pixels with data, for rasters without a nodata value; "bands" keeps one a band.
     chunk: rows and columns that are compressed together. shard: rows and columns of one file, rounded up to
         whole chunks; by default up to 4 x 4 chunks within 64 MiB. (512, width) gives full-width rows.
@@ -231,6 +234,7 @@ def create_zarr(
         block_shape=(chunks[1], chunks[2]),
         colormap=colormap,
         tags=dict(tags or {}),
+        metadata=metadata or Metadata(),
     )
     if staging and Path(staging).exists():
         raise RasterError(f"{staging}: exists already; resume_zarr goes on with it, or remove it")
@@ -296,6 +300,7 @@ def to_zarr(
         band_names=about.band_names,
         colormap=about.colormap,
         tags={**about.tags, **(tags or {})},
+        metadata=about.metadata,
         mask=mask,
         chunk=chunk,
         shard=shard or _like_source(raster, chunk),

@@ -19,6 +19,9 @@ def plan(
     model: Annotated[str, typer.Option(help="As for bigvision process.")],
     weights: Annotated[Path | None, typer.Option(help="A .safetensors or .pth state dict.")] = None,
     bands: Annotated[str | None, typer.Option(help="Bands to read, from 1, in order: 1,2,3.")] = None,
+    unscale: Annotated[
+        bool, typer.Option(help="Apply the scale and offset that the file's bands carry.")
+    ] = False,
     resolution: Annotated[float | None, typer.Option(help="Resample to this pixel size (CRS units).")] = None,
     mean: Annotated[str | None, typer.Option(help="Mean of each band, subtracted after --scale.")] = None,
     std: Annotated[str | None, typer.Option(help="Standard deviation of each band.")] = None,
@@ -49,6 +52,7 @@ def plan(
         weights=weights,
         bands=band_numbers(bands),
         resolution=resolution,
+        unscale=unscale,
         mean=numbers(mean, "--mean"),
         std=numbers(std, "--std"),
         scale=scale,

@@ -83,6 +83,9 @@ def process(
     weights: Annotated[Path | None, typer.Option(help="A .safetensors or .pth state dict.")] = None,
     bands: Annotated[str | None, typer.Option(help="Bands to read, from 1, in order: 1,2,3.")] = None,
     stack: Annotated[bool, typer.Option("--stack", help="The SCENEs are the bands of one scene.")] = False,
+    unscale: Annotated[
+        bool, typer.Option(help="Apply the scale and offset that the file's bands carry.")
+    ] = False,
     resolution: Annotated[float | None, typer.Option(help="Resample to this pixel size (CRS units).")] = None,
     aoi: Annotated[Path | None, typer.Option(help="GeoJSON area of interest: what is written.")] = None,
     mean: Annotated[str | None, typer.Option(help="Mean of each band, subtracted after --scale.")] = None,
@@ -142,6 +145,7 @@ def process(
         bands=band_numbers(bands),
         stack=stack,
         resolution=resolution,
+        unscale=unscale,
         aoi=aoi,
         mean=numbers(mean, "--mean"),
         std=numbers(std, "--std"),

@@ -26,6 +26,9 @@ def train(
     bands: Annotated[str | None, typer.Option(help="Bands to read, from 1, in order: 1,2,3.")] = None,
     mean: Annotated[str | None, typer.Option(help="Mean of each band, subtracted after --scale.")] = None,
     std: Annotated[str | None, typer.Option(help="Standard deviation of each band.")] = None,
+    unscale: Annotated[
+        bool, typer.Option(help="Apply the scale and offset that the file's bands carry.")
+    ] = False,
     scale: Annotated[float, typer.Option(help="Divide the values by this first.")] = 1.0,
     loss: Annotated[
         str, typer.Option(help="cross_entropy, dice, focal, or a sum: cross_entropy+0.5*dice.")
@@ -73,6 +76,7 @@ def train(
         model=model,
         weights=weights,
         bands=band_numbers(bands),
+        unscale=unscale,
         mean=numbers(mean, "--mean"),
         std=numbers(std, "--std"),
         scale=scale,

@@ -27,6 +27,7 @@ class Options:
     stack: bool = False
     resolution: float | None = None
     aoi: Path | None = None
+    unscale: bool = False
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     scale: float = 1.0

@@ -292,6 +292,7 @@ def _open(
         kind.dtype,
         crs=scene.raster.crs,
         transform=scene.written.transform,
+        metadata=scene.written.profile.metadata.place(),
         nodata=kind.nodata,
         band_names=kind.band_names,
         colormap=kind.colormap,

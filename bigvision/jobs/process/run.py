@@ -123,7 +123,15 @@ def run_scene(
 
 def _warning(scene: Scene, origin: Provenance) -> str:
     """What the user should know of a scene before it is believed."""
-    told = [] if scene.raster.crs is not None else ["the scene has no CRS, so the result has none"]
+    raster, about = scene.raster, scene.raster.profile.metadata
+    placed = raster.crs is not None or about.gcps or about.rpcs
+    told = [] if placed else ["the scene has no CRS, so the result has none"]
+    if about.scaled:
+        band = next(band for band in about.bands if band.scaled)
+        told.append(
+            f"its bands carry scale and offset ({band.scale:g}, {band.offset:g}), which are not applied; "
+            "--unscale applies them"
+        )
     if origin.unknown:
         told.append(
             f"whether its files change can't be known ({origin.unknown[0]}): killed, this run begins anew, "
@@ -192,6 +200,7 @@ def _create(
         kind.dtype,
         crs=scene.raster.crs,
         transform=scene.written.transform,
+        metadata=scene.written.profile.metadata.place(),
         nodata=kind.nodata,
         band_names=kind.band_names,
         colormap=kind.colormap,

@@ -83,10 +83,11 @@ class Scene:
 def open_scene(paths: Sequence[str], options: Options) -> Scene:
     """Open one scene (several files with --stack) as the options ask; ValueError says what doesn't fit."""
     path: Any = paths[0] if len(paths) == 1 else list(paths)
+    how: dict[str, Any] = {"resolution": options.resolution, "unscale": options.unscale}
     if len(paths) == 1:
-        raster = open_raster(path, bands=options.bands, resolution=options.resolution)
+        raster = open_raster(path, bands=options.bands, **how)
     else:
-        raster = open_raster(path, resolution=options.resolution)
+        raster = open_raster(path, **how)
         raster = raster.select(bands=options.bands) if options.bands else raster
     bands = raster.shape[0]
     if np.issubdtype(raster.dtype, np.complexfloating):

@@ -29,6 +29,7 @@ class TrainOptions:
     model: str
     weights: Path | None = None
     bands: tuple[int, ...] | None = None
+    unscale: bool = False
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     scale: float = 1.0
@@ -101,4 +102,11 @@ class TrainOptions:
 
     def reading(self) -> Options:
         """How scenes are opened and normalised: exactly as `bigvision process` does."""
-        return Options(model=self.model, bands=self.bands, mean=self.mean, std=self.std, scale=self.scale)
+        return Options(
+            model=self.model,
+            bands=self.bands,
+            unscale=self.unscale,
+            mean=self.mean,
+            std=self.std,
+            scale=self.scale,
+        )
