@@ -8,6 +8,7 @@ epoch, position), never on a rank or a worker. The position of a run is therefor
 Legend: b images of this rank, G global batch, S image size.
 """
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -171,7 +172,14 @@ def training_loader(
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
         multiprocessing_context="spawn" if workers else None,
+        worker_init_fn=_serve if workers else None,
     )
+
+
+def _serve(worker: int) -> None:
+    """A process that decodes ends with the one it works for, not by itself when both are told to stop."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Chunks(Dataset[Batch]):

@@ -9,52 +9,45 @@ checkpoint continues the curve of one that was never interrupted.
 """
 
 import json
+import os
 import sys
-import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bigvision.gating import counter_key
 from bigvision.jobs.faces import checkpoint
-from bigvision.jobs.faces.agreement import FaceJobError, World, world_of_torchrun
+from bigvision.jobs.faces.agreement import RENDEZVOUS, FaceJobError, World, world_of_torchrun
 from bigvision.jobs.faces.centres import open_centres
-from bigvision.jobs.faces.curves import Curves, Point, Score
+from bigvision.jobs.faces.curves import Curves, Score
+from bigvision.jobs.faces.damaged import DamagedRecords
 from bigvision.jobs.faces.embed import Embedder
-from bigvision.jobs.faces.evaluation import check_verifiable, open_evaluation, verify_source
+from bigvision.jobs.faces.evaluation import verify_source
+from bigvision.jobs.faces.integrity import check_shared
+from bigvision.jobs.faces.launch import STOPPED, lock_of, taken
+from bigvision.jobs.faces.meter import Meter, line
 from bigvision.jobs.faces.options import TrainOptions, parse
-from bigvision.jobs.faces.plan import Plan, make_plan
+from bigvision.jobs.faces.plan import Plan
+from bigvision.jobs.faces.preparation import Prepared, parts, prepare
 from bigvision.jobs.faces.report import Reporter
 from bigvision.jobs.faces.schedule import Schedule
+from bigvision.jobs.faces.settings import data_state, differences, run_settings
 from bigvision.jobs.faces.step import DivergedError, Stepped, Stepper
+from bigvision.jobs.faces.stopping import StopRequest, end_with_parent, stop_requests
 from bigvision.models.embedding import build_backbone, save_backbone
 from bigvision.models.global_norm import average_statistics, with_global_norms
 from bigvision.models.weights import load_weights
-from datasets.face_batches import FEWEST, TrainingBatches, training_loader
-from datasets.face_images import FaceSource
-from datasets.face_index import left_out_text
-from datasets.faces import check_labels, open_faces
+from datasets.face_batches import training_loader
 from heads import ShardedMarginHead
-
-FIXED = (
-    "backbone",
-    "dim",
-    "image_size",
-    "margin",
-    "scale",
-    "storage",
-    "head_optimizer",
-    "batch_size",
-    "seed",
-)
+from tiling.lock import locked
 
 
 @dataclass
@@ -63,64 +56,46 @@ class Run:
 
     options: TrainOptions
     world: World
-    plan: Plan
-    batches: TrainingBatches
+    prepared: Prepared
     training: checkpoint.Training
     stepper: Stepper
     schedule: Schedule
-    evaluations: dict[str, FaceSource]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What a checkpoint must agree with."""
-        return {name: getattr(self.options, name) for name in FIXED} | {"classes": self.plan.classes}
+    settings: dict[str, Any]  # what a checkpoint must agree with
 
 
-def train(options: TrainOptions, world: World) -> None:
-    """Train on this rank; called on all ranks together.
+def train(options: TrainOptions, world: World, request: StopRequest) -> None:
+    """Train on this rank, up to the end or a request to stop; called on all ranks together.
 
     Raises on all ranks together: `FaceJobError` (bad data, a run that can't fit, a failed save),
-    `DivergedError`, ValueError (labels out of range).
+    `DivergedError`, ValueError (labels out of range, too many damaged records).
     """
-    with world.together("reading the data"):
-        source = open_faces(options.data, size=options.image_size)
-        told = [check_labels(source, options.data), left_out_text(getattr(source, "left_out", {}))[2:]]
-        classes = options.class_count(source.num_classes)
-        batches = TrainingBatches(
-            source,
-            options.batch_size,
-            rank=world.rank,
-            world=world.size,
-            seed=options.seed,
-            size=options.image_size,
-            augment=options.augment,
-            fewest=FEWEST * _parts(options, world),
-        )
-        evaluations = {spec: open_evaluation(spec, options.image_size) for spec in options.evaluate}
-        for spec, set_of_pairs in evaluations.items():
-            check_verifiable(set_of_pairs, spec)
-    with world.together("planning"):
-        plan = make_plan(options, classes, len(source), world.size, world.local_size)
+    with world.together("preparing"):
+        prepared = prepare(options, world.rank, world.size, world.local_size)
         if world.leads:
-            print("\n".join([*filter(None, told), *plan.lines()]), flush=True)
-        plan.check()
+            print("\n".join(prepared.lines()), flush=True)
+        prepared.plan.check()
     if options.plan:
         return
+    start, told = checkpoint.starting_point(options.out, options.resume, world)
     with world.together("preparing"):
-        start = checkpoint.starting_point(options.out, options.resume, restarted=world.restarts > 0)
+        state = data_state(prepared.source) if world.leads else {}
+    settings = run_settings(options, prepared.plan.classes, world.gather(state)[0])
+    with world.together("preparing"):
+        if start is not None:
+            told += differences(checkpoint.read_position(start).settings, settings, options.changed)
         backbone = _backbone(options, world)
         centres = None if options.centres is None else open_centres(options.centres)
         if world.leads:  # only now: a refused command leaves those of the run that stands there
+            print("".join(f"{text}\n" for text in told), end="", flush=True)
             (options.out / "options.json").write_text(json.dumps(options.described(), indent=1))
     # What follows speaks with the other ranks, and tells them of its own failures.
-    head = _head(options, plan, world)
-    if centres is not None:
+    head = _head(options, prepared.plan, world)
+    if centres is not None and start is None:
         head.set_centers(centres)
     training = _training(options, world, head, backbone)
-    stepper, schedule = _stepper(options, plan, world, training)
-    run = Run(options, world, plan, batches, training, stepper, schedule, evaluations)
-    step = 0 if start is None else checkpoint.load(start, training, run.settings, world)
-    _loop(run, step)
+    stepper, schedule = _stepper(options, prepared.plan, world, training, request)
+    run = Run(options, world, prepared, training, stepper, schedule, settings)
+    _loop(run, 0 if start is None else checkpoint.load(start, training, world).step)
 
 
 def _backbone(options: TrainOptions, world: World) -> nn.Module:
@@ -160,13 +135,8 @@ def _training(
     return checkpoint.Training(head, backbone, options.network(), optimizer, scaler)
 
 
-def _parts(options: TrainOptions, world: World) -> int:
-    """Parts in which every rank passes its images, as many on one with damaged records as on the others."""
-    return max(1, min(options.accumulate, options.batch_size // world.size // FEWEST))
-
-
 def _stepper(
-    options: TrainOptions, plan: Plan, world: World, training: checkpoint.Training
+    options: TrainOptions, plan: Plan, world: World, training: checkpoint.Training, request: StopRequest
 ) -> tuple[Stepper, Schedule]:
     backbone: nn.Module = training.backbone
     if world.size > 1:
@@ -179,26 +149,31 @@ def _stepper(
         training.optimizer,
         world.device,
         getattr(torch, options.dtype),
-        _parts(options, world),
+        parts(options, world.size),
         options.clip,
         training.scaler,
         world,
+        request,
     )
     warmup = round(options.warmup * plan.steps_per_epoch)
     return stepper, Schedule(options.lr, plan.steps, warmup, options.schedule, options.power)
 
 
 def _loop(run: Run, start: int) -> None:
-    options, world, plan = run.options, run.world, run.plan
+    options, world, plan = run.options, run.world, run.prepared.plan
     with world.together("opening the curves"):
         curves = Curves(options.out, start) if world.leads else None
     save_every = options.save_every or plan.steps_per_epoch
     evaluate_every = max(1, round(options.evaluate_every * plan.steps_per_epoch))
     loader = training_loader(
-        run.batches, start, plan.steps, workers=options.workers, pin_memory=world.device.type == "cuda"
+        run.prepared.batches,
+        start,
+        plan.steps,
+        workers=options.workers,
+        pin_memory=world.device.type == "cuda",
     )
-    damaged: set[str] = set()
-    meter = _Meter(world, options.batch_size)
+    damaged = DamagedRecords(world, options.max_damaged, plan.steps_per_epoch * options.batch_size)
+    meter = Meter(world, options.batch_size)
     with Reporter(world.leads, plan.steps, start) as reporter:
         if start:
             reporter.say(f"going on from step {start}")
@@ -206,19 +181,24 @@ def _loop(run: Run, start: int) -> None:
         for step in range(start, plan.steps):
             stepped, lr = _step(run, iterator, step)
             meter.count()
-            damaged.update(stepped.damaged)
+            damaged.add(stepped.read, stepped.damaged)
             done = step + 1
-            if done % options.log_every == 0 or done == plan.steps:
-                found = set().union(*world.gather(damaged))
-                point = meter.point(done, done / plan.steps_per_epoch, stepped, lr, len(found))
+            last = done == plan.steps or stepped.stop
+            saves = done % save_every == 0 or last
+            if done % options.log_every == 0 or saves:
+                share = damaged.gather(done)
                 with world.together("writing the curves"):
+                    point = meter.point(done, done / plan.steps_per_epoch, stepped, lr, len(damaged.names))
                     if curves is not None:
                         curves.add(point)
-                        _write_damaged(options.out, found)
-                reporter.progress(done, _line(point, plan.steps))
-            if done % save_every == 0 or done == plan.steps:
+                        damaged.write(options.out)
+                reporter.progress(done, line(point, plan.steps, share))
+            if saves:
                 _save(run, done, curves)  # before an evaluation, which may fail
-            if run.evaluations and (done % evaluate_every == 0 or done == plan.steps):
+            if stepped.stop and done < plan.steps:
+                reporter.say(f"told to stop: step {done} is saved; --resume auto goes on from there")
+                break
+            if run.prepared.evaluations and (done % evaluate_every == 0 or done == plan.steps):
                 _evaluate(run, done, curves, reporter)
     if curves is not None:
         curves.close()
@@ -244,7 +224,7 @@ def _evaluate(run: Run, step: int, curves: Curves | None, reporter: Reporter) ->
     embedder = Embedder(
         run.training.backbone, run.options.image_size, run.world.device, getattr(torch, run.options.dtype)
     )
-    for spec, source in run.evaluations.items():
+    for spec, source in run.prepared.evaluations.items():
         with run.world.together(f"evaluating {spec}"):
             found = verify_source(embedder, source, spec, run.world).verification
         tar = found.tar_at_far.get(1e-3, nan)
@@ -265,44 +245,6 @@ def _save(run: Run, step: int, curves: Curves | None) -> None:
             save_backbone(run.training.backbone, run.training.spec, run.options.out / "backbone.safetensors")
 
 
-class _Meter:
-    """Throughput since the last line, of all ranks."""
-
-    def __init__(self, world: World, batch_size: int) -> None:
-        self.world, self.batch_size = world, batch_size
-        self.steps, self.since = 0, time.perf_counter()
-
-    def count(self) -> None:
-        self.steps += 1
-
-    def point(self, step: int, epoch: float, stepped: Stepped, lr: float, damaged: int) -> Point:
-        now = time.perf_counter()
-        rate = self.steps * self.batch_size / (now - self.since)
-        self.steps, self.since = 0, now
-        memory = self.world.sum(_memory_mib(self.world.device))
-        return Point(step, epoch, stepped.loss, lr, stepped.gradient_norm, rate, memory, damaged)
-
-
-def _memory_mib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return float(psutil.Process().memory_info().rss) / 2**20
-
-
-def _line(point: Point, steps: int) -> str:
-    text = (
-        f"step {point.step}/{steps}  epoch {point.epoch:.2f}  loss {point.loss:.4f}  lr {point.lr:.4g}  "
-        f"{point.samples_per_second:.1f} samples/s  {point.memory_mib / 1024:.2f} GiB in all ranks"
-    )
-    return f"{text}  {point.damaged} damaged records" if point.damaged else text
-
-
-def _write_damaged(folder: Path, damaged: set[str]) -> None:
-    if damaged:
-        text = "".join(f"{name}\n" for name in sorted(damaged))
-        (folder / "damaged.txt").write_text(text, errors="backslashreplace")
-
-
 def device_of(options: TrainOptions) -> torch.device:
     """The kind of device that `--device` means here."""
     chosen = options.device
@@ -312,37 +254,52 @@ def device_of(options: TrainOptions) -> torch.device:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one rank from a command line; a refusal is one sentence on standard error and exit status 1."""
+    """Run one rank from a command line; a refusal is one sentence on standard error and exit status 1, a stop
+    by a signal has that signal's.
+    """
+    if "RANK" in os.environ:  # of torchrun: a shell may end before its commands
+        end_with_parent()
     try:
         options = parse(arguments, "python -m bigvision.jobs.train_face")
-        with world_of_torchrun(device_of(options)) as world:
-            _guarded(options, world)
+        with stop_requests() as request, world_of_torchrun(device_of(options)) as world:
+            _guarded(options, world, request)
     except (DivergedError, ValueError, OSError) as error:
         sys.exit(f"bigvision: {error}")
+    if request.signal is not None and RENDEZVOUS not in os.environ:
+        sys.exit(128 + request.signal)
 
 
-def _guarded(options: TrainOptions, world: World) -> None:
-    """Train; remember a refusal, so that a restart by torchrun ends at once instead of repeating it."""
-    marker = options.out / "stopped.json"
+def _guarded(options: TrainOptions, world: World, request: StopRequest) -> None:
+    """Train; a refusal is remembered, so that a restart by torchrun ends at once instead of repeating it."""
+    launcher, opened = os.environ.get(RENDEZVOUS), False
+    with ExitStack() as held:
+        try:
+            _open_run(options, world, held)
+            opened = True
+            restarted = world.restarts > 0 and options.resume == "none"
+            train(replace(options, resume="auto") if restarted else options, world, request)
+        except (DivergedError, ValueError) as error:
+            if getattr(error, "transient", False):
+                raise
+            # A folder that could not be opened may be another run's.
+            folder = Path(launcher) if launcher else options.out if opened else None
+            if world.leads and folder is not None:
+                (folder / STOPPED).write_text(json.dumps({"why": str(error)}))
+            if launcher is None:
+                raise  # `bigvision face train` reads the reason; torchrun would report dead ranks
+
+
+def _open_run(options: TrainOptions, world: World, held: ExitStack) -> None:
+    """The run's folder, locked for this run and the same for all ranks."""
+    marker = options.out / STOPPED
     with world.together("opening the run"):
         if world.restarts and marker.is_file():
             raise ValueError(json.loads(marker.read_text())["why"])
         if world.leads:
             options.out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(lock_of(options.out), taken(options.out)))
             marker.unlink(missing_ok=True)
-    if world.restarts and options.resume == "none":
-        options = parse_again(options)
-    try:
-        train(options, world)
-    except (DivergedError, ValueError) as error:
-        if world.leads and not getattr(error, "transient", False):
-            marker.write_text(json.dumps({"why": str(error)}))
-        raise
-
-
-def parse_again(options: TrainOptions) -> TrainOptions:
-    """The options of a run that torchrun restarted: it goes on from its own last checkpoint."""
-    return TrainOptions(**{**vars(options), "resume": "auto"})
+    check_shared(options.out, world)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """`bigvision face`: every subcommand from words to output."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from typer.testing import CliRunner
 from bigvision.cli.face import app
 from bigvision.jobs.faces import launch
 from bigvision.models.embedding import BackboneSpec, build_backbone, save_backbone
+from tiling.lock import locked
 
 SPEC = BackboneSpec("mobilefacenet", 16, 32)
 
@@ -61,50 +64,67 @@ def test_it_indexes_and_identifies(weights: Path, tmp_path: Path, shared_data: P
     assert "1.pgm  s" in text
 
 
-def test_it_hands_training_to_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+RUN = ("--data", "synthetic:40", "--backbone", "mobilefacenet", "--image-size", "16", "--batch-size", "8")
+
+
+def started(monkeypatch: pytest.MonkeyPatch, why: str | None = None) -> list[list[str]]:
+    """What is started instead of ranks, which stop themselves for a reason."""
     seen: list[list[str]] = []
 
-    class Done:
-        returncode = 0
+    def run(words: list[str], meeting: Path) -> int:
+        if why is not None:
+            (meeting / launch.STOPPED).write_text(json.dumps({"why": why}))
+        seen.append(words)
+        return 0
 
-    monkeypatch.setattr(launch.subprocess, "run", lambda words, check: seen.append(words) or Done())
-    call(
-        "train",
-        "--nproc-per-node",
-        2,
-        "--data",
-        "synthetic:4",
-        "--out",
-        "run",
-        "--evaluate",
-        "bin:a",
-        "bin:b",
-    )
+    monkeypatch.setattr(launch, "_run", run)
+    return seen
+
+
+def test_it_hands_training_to_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen, sets = started(monkeypatch), ("synthetic:4", "synthetic:5")
+    call("train", "--nproc-per-node", 2, *RUN, "--out", tmp_path / "run", "--evaluate", *sets)
     assert "--max-restarts 3 -m bigvision.jobs.train_face" in " ".join(seen[0])
-    assert seen[0][-3:] == ["--evaluate", "bin:a", "bin:b"]
+    assert seen[0][-3:] == ["--evaluate", *sets]
 
 
-def test_a_refused_run_ends_with_its_own_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class Refused:
-        returncode = 1
-
-    def run(words: list[str], check: bool) -> Refused:
-        (tmp_path / "stopped.json").write_text('{"why": "nowhere is not a folder of identities"}')
-        return Refused()
-
-    monkeypatch.setattr(launch.subprocess, "run", run)
-    arguments = ["--data", "folder:nowhere", "--out", str(tmp_path)]
-    with pytest.raises(ValueError, match="nowhere is not a folder"):
-        launch.launch(arguments, ranks=2, max_restarts=3)
-
-
-def test_a_folder_with_another_run_is_refused_before_ranks_start(
+def test_a_run_that_stopped_itself_ends_with_its_own_sentence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(launch.subprocess, "run", lambda *_, **__: pytest.fail("started"))
-    (tmp_path / "checkpoints" / "step-00000075").mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds a run up to step-00000075: --resume auto"):
-        launch.launch(["--data", "synthetic:4", "--out", str(tmp_path)], ranks=1, max_restarts=3)
+    started(monkeypatch, why="step 7: the loss is nan")
+    with pytest.raises(ValueError, match="step 7: the loss is nan"):
+        launch.launch([*RUN, "--out", str(tmp_path)], ranks=2, max_restarts=3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "{here}"], "did you mean folder:{here}"),
+        (["--data", "folder:{here}/none"], "none is not a folder of identities"),
+        (["--batch-size", "4000"], "a batch of 4000 is more than the 640 images"),
+        (["--batch-size", "4000", "--plan"], "a batch of 4000 is more than the 640 images"),
+        (["--backbone", "resnet"], "backbone 'resnet' is none of"),
+        (["--weights", "{here}/none.pt"], "there is no {here}/none.pt"),
+        (["--centres", "{here}/none"], "there is no {here}/none"),
+        (["--memory", "1MiB"], "1 MiB are available"),
+        (["--evaluate", "synthetic:4x1"], "verification needs two identities and one with two images"),
+        (["--resume", "auto", "--out", "{here}/taken"], "another process is training in {here}/taken"),
+        (["--out", "{here}/done"], "done holds a run up to step-00000075: --resume auto"),
+    ],
+)
+def test_what_can_be_known_is_refused_before_ranks_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str], message: str
+) -> None:
+    seen = started(monkeypatch)
+    (tmp_path / "done" / "checkpoints" / "step-00000075").mkdir(parents=True)
+    (tmp_path / "taken").mkdir()
+    arguments = [*RUN, "--out", str(tmp_path / "run"), *(word.format(here=tmp_path) for word in words)]
+    with (
+        locked(launch.lock_of(tmp_path / "taken"), ""),
+        pytest.raises(ValueError, match=re.escape(message.format(here=tmp_path))),
+    ):
+        launch.launch(arguments, ranks=2, max_restarts=3)
+    assert not seen and not (tmp_path / "run").exists()
 
 
 def test_weights_that_do_not_exist_are_said_to_be_missing(tmp_path: Path) -> None:

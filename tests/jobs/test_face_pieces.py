@@ -186,7 +186,7 @@ def stepper(backbone: nn.Module, accumulate: int = 1, enabled: bool = False) -> 
     optimizer = torch.optim.SGD(backbone.parameters(), lr=0.5)
     scaler = torch.amp.GradScaler("cpu", enabled=enabled)
     return Stepper(
-        backbone, head, optimizer, torch.device("cpu"), torch.float32, accumulate, 0.0, scaler, World()
+        backbone, head, optimizer, torch.device("cpu"), torch.float32, accumulate, 0.0, scaler, World(), bool
     )
 
 
@@ -320,15 +320,9 @@ def test_global_norms_are_batch_norms_on_one_rank() -> None:
 
 
 def test_the_launcher(capsys: pytest.CaptureFixture[str]) -> None:
-    words = command(["--data", "a"], 2, 3)
-    assert words[1:7] == [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--max-restarts",
-    ]
+    words = command(["--data", "a"], 2, 3, Path("meeting"))
+    assert " ".join(words[1:]).startswith("-m bigvision.jobs.faces.ranks --rdzv-backend c10d")
+    assert "--nproc-per-node 2 --max-restarts 3" in " ".join(words)
     assert words[-4:] == ["-m", "bigvision.jobs.train_face", "--data", "a"]
     assert launch(["--help"], ranks=1, max_restarts=0) == 0
     assert "--batch-norm" in capsys.readouterr().out

@@ -2,141 +2,26 @@
 
 import csv
 import io
-import multiprocessing
 import os
 import pickle
 import resource
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import tarfile
-import time
-import traceback
-from collections.abc import Callable
-from functools import cache, partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
-import psutil
 import pytest
 import torch
+from face_runs import arguments, curve, losses, run
 from PIL import Image
 from safetensors.torch import load_file
 
 from bigvision.jobs import train_face
 from bigvision.jobs.faces import checkpoint
-from bigvision.jobs.faces.launch import command
-from bigvision.jobs.faces.options import parse
 from datasets.recordio import ImageRecord, RecordWriter, pack_image_record
 
-SMALL = {
-    "data": "synthetic:6x8",
-    "backbone": "mobilefacenet",
-    "image-size": "16",
-    "dim": "8",
-    "batch-size": "12",
-    "epochs": "2",
-    "lr": "0.02",
-    "workers": "0",
-    "log-every": "1",
-    "save-every": "4",
-    "memory": "40GiB",
-}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def arguments(out: Path, **changed: str) -> list[str]:
-    options = SMALL | {"out": str(out)} | {name.replace("_", "-"): value for name, value in changed.items()}
-    return [part for name, value in options.items() for part in (f"--{name}", *value.split(" "))]
-
-
-def run(world: int, out: Path, before: Callable[[int], Any] | None = None, **changed: str) -> list[str]:
-    """Run the job on some ranks; returns what each rank ended with ("" is well)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    launcher().send_bytes(cloudpickle.dumps(partial(run_forked, world, out, port, before, changed)))
-    answers: list[str] = launcher().recv()
-    return answers
-
-
-LAUNCHER = """
-import sys
-from multiprocessing.connection import Connection
-import cloudpickle
-calls = Connection(int(sys.argv[1]))
-try:
-    while True:
-        calls.send(cloudpickle.loads(calls.recv_bytes())())
-except EOFError:
-    pass
-"""
-
-
-@cache
-def launcher() -> Connection:
-    """To the process that forks the ranks: this one has used autograd's threads, which no fork survives."""
-    here, there = multiprocessing.Pipe()
-    command = [sys.executable, "-c", LAUNCHER, str(there.fileno())]
-    subprocess.Popen(command, stdout=subprocess.DEVNULL, pass_fds=[there.fileno()])
-    there.close()
-    return here
-
-
-def run_forked(
-    world: int, out: Path, port: int, before: Callable[[int], Any] | None, changed: dict[str, str]
-) -> list[str]:
-    """The ranks' answers."""
-    import matplotlib.figure  # noqa: F401  what a run imports late, once for all ranks
-    import torch._dynamo
-    import torch.utils.tensorboard
-
-    context = multiprocessing.get_context("fork")
-    answers = [context.SimpleQueue() for _ in range(world)]
-
-    def rank_main(rank: int) -> None:
-        torch.set_num_threads(1)
-        numbers = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
-        os.environ |= {name: str(value) for name, value in numbers.items()}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        try:
-            if before is not None:
-                before(rank)
-            train_face.main(arguments(out, **changed))
-            answers[rank].put("")
-        except SystemExit as end:
-            answers[rank].put(str(end.code))
-        except BaseException:
-            answers[rank].put(traceback.format_exc())
-
-    ranks = [context.Process(target=rank_main, args=(rank,)) for rank in range(world)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(240)
-    hung = [process.pid for process in ranks if process.is_alive()]
-    for process in ranks:
-        process.kill()
-    ends = ["killed" if queue.empty() else queue.get() for queue in answers]
-    return ["a rank hangs"] if hung else ends
-
-
-def curve(out: Path) -> list[dict[str, float]]:
-    with (out / "curve.csv").open() as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-
-
-def losses(out: Path) -> list[float]:
-    return [row["loss"] for row in curve(out)]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -193,24 +78,26 @@ def test_a_run_that_exists_is_not_overwritten(finished: Path) -> None:
     assert (finished / "options.json").read_text() == options
 
 
-def test_two_runs_are_not_mixed(finished: Path) -> None:
-    (message,) = run(1, finished, resume=str(finished / "checkpoints" / "step-00000004"))
-    assert "holds later checkpoints (step-00000008)" in message
+def test_two_runs_are_not_mixed(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "checkpoints", tmp_path / "run" / "checkpoints")
+    (message,) = run(1, tmp_path / "run", resume=str(finished / "checkpoints" / "step-00000004"))
+    assert "holds a run up to step-00000008: choose another --out" in message
 
 
-def test_a_run_from_a_chosen_checkpoint_is_restarted_from_its_own_last_one(tmp_path: Path) -> None:
-    """Later checkpoints refuse a start, but a restart by torchrun made them itself."""
-    chosen = tmp_path / "other" / "step-00000005"
-    options = parse(arguments(tmp_path / "run", resume=str(chosen)))
-    assert (
-        checkpoint.starting_point(options.out, options.resume, restarted=True) == chosen
-    )  # died before the first was saved
-    own = tmp_path / "run" / "checkpoints" / "step-00000009"
+def test_a_run_from_a_chosen_checkpoint_is_restarted_from_its_own_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other checkpoints refuse a start, but a restart by torchrun made them itself."""
+    out, chosen = tmp_path / "run", str(tmp_path / "other" / "step-00000005")
+    monkeypatch.setattr(checkpoint, "read_position", lambda path: None)
+    # One that died before the first was saved.
+    assert checkpoint.candidates(out, chosen, restarted=True) == [Path(chosen)]
+    own = out / "checkpoints" / "step-00000009"
     own.mkdir(parents=True)
     (own.parent / "step-00000003").mkdir()
-    assert checkpoint.starting_point(options.out, options.resume, restarted=True) == own
-    with pytest.raises(ValueError, match="later checkpoints"):
-        checkpoint.starting_point(options.out, options.resume)
+    assert checkpoint.candidates(out, chosen, restarted=True)[0] == own
+    with pytest.raises(ValueError, match="choose another --out"):
+        checkpoint.candidates(out, chosen)
 
 
 def test_a_process_killed_while_saving_loses_nothing(tmp_path: Path) -> None:
@@ -245,7 +132,7 @@ def test_a_full_disk_stops_every_rank_and_keeps_the_last_good_checkpoint(tmp_pat
         if rank == 0:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, 1 << 19))
 
-    answers = run(2, tmp_path, small_files, resume="auto")
+    answers = run(2, tmp_path, small_files, resume="auto", changed="epochs")
     assert all("saving" in answer and "rank 0" in answer for answer in answers), answers
     assert checkpoint.checkpoints(tmp_path / "checkpoints") == kept
 
@@ -383,6 +270,25 @@ def test_damaged_records_are_counted_and_named(tmp_path: Path) -> None:
     assert curve(tmp_path / "run")[-1]["damaged"] == 1
 
 
+@pytest.mark.parametrize("good", [0, 20])
+def test_a_drive_that_went_away_stops_the_run(tmp_path: Path, good: int) -> None:
+    """All of the images, or more than the allowed share of them."""
+    data = faces(tmp_path / "data", 4, 10)
+    for path in sorted(data.rglob("*.pgm"))[good:]:
+        path.write_bytes(b"")
+    answers = run(2, tmp_path / "run", data=f"folder:{data}", max_damaged="0.4", save_every="50")
+    for answer in answers:
+        assert "images are damaged, more than --max-damaged 0.4 allows; one of them: p" in answer
+    assert not (tmp_path / "run" / "backbone.safetensors").exists()
+
+
+def test_a_damaged_name_that_is_no_text_does_not_stop_the_run(tmp_path: Path) -> None:
+    data = faces(tmp_path / "data", 4, 8)
+    (data / "p2" / os.fsdecode(b"\xff.pgm")).write_bytes(b"no image")
+    assert run(1, tmp_path / "run", data=f"folder:{data}", epochs="2", batch_size="16") == [""]
+    assert r"p2/\udcff.pgm: " in (tmp_path / "run" / "damaged.txt").read_text()
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -405,36 +311,6 @@ def test_every_way_to_train_trains(tmp_path: Path, changed: dict[str, str]) -> N
     filled = {name: value.format(centres=tmp_path / "centres") for name, value in changed.items()}
     assert run(2, tmp_path / "run", epochs="1", **filled) == ["", ""]
     assert all(loss == loss for loss in losses(tmp_path / "run"))
-
-
-@pytest.mark.slow
-def test_a_rank_killed_under_torchrun_is_replaced_and_the_run_goes_on(tmp_path: Path) -> None:
-    words = command(arguments(tmp_path / "run", epochs="6", resume="auto"), ranks=2, max_restarts=2)
-    with (tmp_path / "log").open("w") as log:
-        run_of_two = subprocess.Popen(
-            words, stderr=log, stdout=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        try:
-            victim = wait_for_a_rank(run_of_two.pid, tmp_path / "run")
-            victim.kill()
-            assert run_of_two.wait(400) == 0, (tmp_path / "log").read_text()[-3000:]
-        finally:
-            run_of_two.kill()
-    assert [row["step"] for row in curve(tmp_path / "run")] == list(range(1, 25))
-    assert "going on from step" in (tmp_path / "log").read_text()
-    assert run(2, tmp_path / "whole", epochs="6") == ["", ""]
-    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
-
-
-def wait_for_a_rank(launcher: int, out: Path) -> psutil.Process:
-    """A rank of the run, once it has saved a checkpoint."""
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        if checkpoint.checkpoints(out / "checkpoints"):
-            children = psutil.Process(launcher).children()
-            return [child for child in children if "bigvision.jobs.train_face" in child.cmdline()][-1]
-        time.sleep(0.05)
-    raise TimeoutError("no checkpoint appeared")
 
 
 def test_a_plan_trains_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -53,19 +54,19 @@ class World:
         """Sum of a number over the ranks."""
         return float(sum(self.gather(value)))
 
-    def agree(self, failure: Exception | None, doing: str) -> None:
-        """Raise `FaceJobError` on all ranks, naming rank and error, if any has one; else one small
-        all-reduce.
+    def agree(self, failure: Exception | None, doing: str, *, stop: bool = False) -> bool:
+        """Whether any rank was told to `stop`; one small all-reduce.
 
-        Raises `FaceJobError`.
+        Raises `FaceJobError` on all ranks, naming rank and error, if any has a failure.
         """
         if self.size > 1:
-            flag = torch.tensor([failure is not None], dtype=torch.int32, device=self.device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            if not flag.item():
-                return
+            flags = torch.tensor([failure is not None, stop], dtype=torch.int32, device=self.device)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+            failing, stop = (bool(flag) for flag in flags.tolist())
+            if not failing:
+                return stop
         elif failure is None:
-            return
+            return stop
         told = self.gather(None if failure is None else (_sentence(failure), _may_pass(failure)))
         failed = {rank: found for rank, found in enumerate(told) if found is not None}
         rank, (text, transient) = next(iter(failed.items()))
@@ -90,13 +91,29 @@ class World:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether an error lies in the machine rather than in what was asked for."""
-    return isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, PermissionError))
+    """Whether an error lies in the machine rather than in what was asked for: a drive, a network, a device, a
+    process of ours that the system killed, memory that others took."""
+    if isinstance(error, (FileNotFoundError, PermissionError)):
+        return False
+    lost_worker = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+    return lost_worker or isinstance(error, MACHINE)
+
+
+MACHINE = (
+    OSError,
+    MemoryError,
+    torch.OutOfMemoryError,
+    torch.AcceleratorError,
+    dist.DistBackendError,
+    dist.DistNetworkError,
+)
 
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, (ValueError, OSError, FaceJobError)):
         return str(error)
+    if "DataLoader worker" in str(error):
+        return f"a process that decodes images was lost: {error}"
     return f"{type(error).__name__.removesuffix('Error')}: {error}"
 
 
@@ -109,7 +126,8 @@ def world_of_torchrun(device: torch.device, timeout: timedelta = timedelta(minut
     number = {name: int(os.environ.get(name, default)) for name, default in VARIABLES.items()}
     if device.type == "cuda":
         torch.cuda.set_device(number["LOCAL_RANK"])
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timeout, **_meeting_place(number))
     try:
         yield World(
             number["RANK"],
@@ -123,6 +141,17 @@ def world_of_torchrun(device: torch.device, timeout: timedelta = timedelta(minut
         dist.destroy_process_group()
 
 
+def _meeting_place(number: dict[str, int]) -> dict[str, Any]:
+    """Where ranks of one machine find each other: a file that only its user can read, rather than a port."""
+    folder = os.environ.get(RENDEZVOUS)
+    if folder is None:
+        return {}
+    file = Path(folder) / f"ranks-{number['TORCHELASTIC_RESTART_COUNT']}"
+    size = number["WORLD_SIZE"]
+    return {"store": dist.FileStore(str(file), size), "rank": number["RANK"], "world_size": size}
+
+
+RENDEZVOUS = "BIGVISION_RENDEZVOUS"
 VARIABLES = {
     "RANK": "0",
     "WORLD_SIZE": "1",

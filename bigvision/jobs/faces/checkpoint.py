@@ -1,10 +1,10 @@
 """Checkpoints of a training run: complete or not there.
 
 A checkpoint is a folder `step-00000120` with the head's shards (`head/`), the backbone
-(`backbone.safetensors`), its optimiser (`optimizer.safetensors`) and `run.json`. It is written under
-another name, flushed to the disk, and renamed: a process killed meanwhile leaves the older ones, and half a
-folder that the next save clears. The rest of a run's state is a function of (seed, step). All ranks take
-part in saving and loading, on any number of them.
+(`backbone.safetensors`), its optimiser (`optimizer.safetensors`), `run.json`, and the digests of all of them.
+It is written under another name, flushed to the disk, and renamed: a process killed meanwhile leaves the
+older ones, and half a folder that the next save clears. The rest of a run's state is a function of (seed,
+step). All ranks take part in saving and loading, on any number of them.
 """
 
 import json
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bigvision.jobs.faces.agreement import World
+from bigvision.jobs.faces.integrity import damage, write_digests
 from bigvision.models.embedding import BackboneSpec, save_backbone
 from bigvision.models.weights import load_weights
 from bigvision.tensors import save_tensors
@@ -55,26 +56,62 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if NAME.fullmatch(entry.name))
 
 
-def starting_point(out: Path, resume: str, *, restarted: bool = False) -> Path | None:
-    """The checkpoint that the run in `out` goes on from, if any; one that torchrun restarted goes on from its
-    own last one.
+def candidates(out: Path, resume: str, *, restarted: bool = False) -> list[Path]:
+    """The checkpoints that the run in `out` may go on from, best first; one that torchrun restarted goes on
+    from its own last one.
 
     resume: none, auto or a checkpoint. Raises ValueError where another run stands in the way.
     """
     found = checkpoints(out / "checkpoints")
     if resume == "none" and found:
         raise ValueError(f"{out} holds a run up to {found[-1].name}: --resume auto, or another --out")
-    if resume == "none" or (resume == "auto" and not found):
-        return None
-    if resume == "auto":
-        return found[-1]
+    if resume in ("none", "auto"):
+        return found[::-1]
     chosen = Path(resume)
-    later = [path.name for path in found if path.name > chosen.name]
-    if later and restarted:
-        return found[-1]
-    if later:  # going on from here would mix two runs: a restart would take the other one's
-        raise ValueError(f"{out} holds later checkpoints ({', '.join(later)}): choose another --out")
-    return chosen
+    read_position(chosen)
+    own = chosen.resolve().parent == (out / "checkpoints").resolve()
+    later = [path for path in found if path.name > chosen.name]
+    if restarted and (later if own else found):
+        return found[::-1]
+    if found and not own:  # going on from elsewhere would mix two runs
+        raise ValueError(f"{out} holds a run up to {found[-1].name}: choose another --out")
+    return [chosen]
+
+
+def starting_point(out: Path, resume: str, world: World) -> tuple[Path | None, list[str]]:
+    """The sound checkpoint that all ranks go on from, None for a fresh start, and what is to be said of it.
+
+    Later ones of this run are set aside under another name. Raises `FaceJobError` on every rank where a run
+    stands in the way, or nothing that was asked for is sound.
+    """
+    with world.together("choosing a checkpoint"):
+        mine = candidates(out, resume, restarted=world.restarts > 0)
+    paths, told = world.gather(mine)[0], []
+    for path in paths:
+        if problem := damage(path, world):
+            told.append(f"{path} is damaged: {problem}")
+            continue
+        with world.together("choosing a checkpoint"):
+            if world.leads:
+                told += _set_aside(out / "checkpoints", path)
+        return path, told
+    if paths:
+        with world.together("choosing a checkpoint"):
+            raise ValueError("; ".join(told))
+    return None, told
+
+
+def _set_aside(folder: Path, chosen: Path) -> list[str]:
+    """Rename a run's checkpoints later than the chosen one; what is to be said of them."""
+    if chosen.resolve().parent != folder.resolve():
+        return []
+    told = []
+    for later in [path for path in checkpoints(folder) if path.name > chosen.name]:
+        number = len(list(folder.glob(f"set-aside-*{later.name}")))
+        aside = folder / f"set-aside-{number}-{later.name}"
+        later.rename(aside)
+        told.append(f"{later.name} is now {aside.name}: the run goes on from {chosen.name}")
+    return told
 
 
 def save(
@@ -94,6 +131,9 @@ def save(
         if world.leads:
             _save_backbone(partial, training, Position(step, settings, training.scaler.state_dict()))
             _flush(partial)
+    write_digests(partial, world)
+    with world.together(f"saving {final}"):
+        if world.leads:
             partial.rename(final)
             _flush_folder(folder)
             for old in checkpoints(folder)[:-keep]:
@@ -103,28 +143,21 @@ def save(
     return final
 
 
-def load(path: Path, training: Training, settings: dict[str, Any], world: World) -> int:
-    """Load a checkpoint into a run on any number of ranks and return its step.
+def load(path: Path, training: Training, world: World) -> Position:
+    """Load a checkpoint, of settings that agree, into a run on any number of ranks.
 
-    Raises `FaceJobError` on every rank where the checkpoint is incomplete or of other settings, naming both.
+    Raises `FaceJobError` on every rank where it is incomplete.
     """
     with world.together(f"loading {path}"):
         position = read_position(path)
-        different = [
-            f"{name} was {position.settings.get(name)!r} and is {value!r}"
-            for name, value in settings.items()
-            if position.settings.get(name) != value
-        ]
-        if different:
-            raise ValueError(f"the checkpoint is of another run: {'; '.join(different)}")
         load_weights(training.backbone, path / "backbone.safetensors")
         tensors = load_file(path / "optimizer.safetensors")
         training.optimizer.load_state_dict(_unflattened(tensors, training.optimizer.state_dict()))
-        if training.scaler.is_enabled():
+        if training.scaler.is_enabled() and position.scaler:
             training.scaler.load_state_dict(position.scaler)
     with world.together(f"loading {path}"):
         load_head(training.head, path / "head")
-    return position.step
+    return position
 
 
 def read_position(path: Path) -> Position:

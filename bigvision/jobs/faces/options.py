@@ -74,7 +74,13 @@ class TrainOptions:
     evaluate_every: Annotated[float, "epochs between evaluations"] = 1.0
     save_every: Annotated[int, "steps between checkpoints (0: an epoch)"] = 0
     keep: Annotated[int, "checkpoints kept"] = 2
-    resume: Annotated[str, "none, auto (the last one in --out, if any) or a checkpoint"] = "none"
+    resume: Annotated[str, "none, auto (the last sound one in --out, if any) or a checkpoint"] = "none"
+    changed: Annotated[
+        tuple[str, ...], "settings that may differ from the checkpoint's: images, epochs, lr, active, ..."
+    ] = ()
+    max_damaged: Annotated[
+        float, "largest share of damaged images, of the last thousand; more stop a run"
+    ] = 0.1
     workers: Annotated[int, "processes a rank that decode images"] = 2
     memory: Annotated[
         str, "refuse to start above this much on this machine, e.g. 14GiB (auto: what is free)"
@@ -111,6 +117,8 @@ class TrainOptions:
             from bigvision.jobs.process.options import parse_bytes
 
             parse_bytes(self.memory)
+        if not 0 <= self.max_damaged <= 1:
+            raise ValueError(f"--max-damaged {self.max_damaged:g} is no share from 0 to 1")
         self.head_margin()
         self.head_optimizer_settings()
         self.gate()

@@ -10,7 +10,7 @@ scaled.
 Legend: b images of this rank, D dimension.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -36,6 +36,8 @@ class Stepped:
     gradient_norm: float  # of the backbone, before clipping, of all ranks' mean
     skipped: bool  # float16: the gradient overflowed, the backbone stood still
     damaged: tuple[str, ...]  # records this rank left out
+    read: int  # images this rank was to have, damaged ones included
+    stop: bool  # a rank was told to stop after this step
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Stepper:
     clip: float
     scaler: torch.amp.GradScaler
     world: World
+    stopping: Callable[[], bool]
 
     def __call__(self, batches: Iterator[Batch], seed: int) -> Stepped:
         """Train on the next batch. `seed` fixes what is drawn in the backbone (dropout).
@@ -70,7 +73,7 @@ class Stepper:
                 raise DivergedError("the features of the backbone are not finite")
         except Exception as error:
             failure = error
-        self.world.agree(failure, "reading and embedding a batch")
+        stop = self.world.agree(failure, "reading and embedding a batch", stop=self.stopping())
         labels = batch.labels
         loss = self.head(features, labels.to(self.device))
         value = float(loss.detach())
@@ -79,7 +82,7 @@ class Stepper:
         loss.backward()
         assert features.grad is not None
         self._backward(images, outputs, features.grad, seed)
-        return self._update(value, batch)
+        return self._update(value, batch, stop)
 
     def _features(self, images: list[Tensor], seed: int) -> list[Tensor]:
         if len(images) == 1:
@@ -107,7 +110,7 @@ class Stepper:
             self.backbone.no_sync() if isinstance(self.backbone, DistributedDataParallel) else nullcontext()
         )
 
-    def _update(self, loss: float, batch: Batch) -> Stepped:
+    def _update(self, loss: float, batch: Batch, stop: bool) -> Stepped:
         self.scaler.unscale_(self.optimizer)
         limit = self.clip or float("inf")
         norm = float(nn.utils.clip_grad_norm_(self.backbone.parameters(), limit))
@@ -118,7 +121,8 @@ class Stepper:
         finite = norm - norm == 0.0
         if not finite and not self.scaler.is_enabled():
             raise DivergedError(f"the backbone's gradient has the norm {norm}")
-        return Stepped(loss, norm, self.scaler.get_scale() < before, batch.damaged)
+        skipped, read = self.scaler.get_scale() < before, len(batch.kept) + len(batch.damaged)
+        return Stepped(loss, norm, skipped, batch.damaged, read, stop)
 
 
 @contextmanager
