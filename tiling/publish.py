@@ -23,6 +23,8 @@ _ABANDONED_S = 3600.0
 # Open lock files of this process, by the folder of unfinished work that they guard.
 _HELD: dict[Path, int] = {}
 _EXCHANGE = 2
+# No raster of the world compresses better than this.
+_COMPRESSED = 200
 
 
 @contextmanager
@@ -66,6 +68,16 @@ def check_free(
         raise RasterError(f"{path}: exists already as {reason}, which is never replaced")
     if os.path.lexists(path) and not overwrite:
         raise RasterError(f"{path}: exists already; {advice}")
+
+
+def check_room(path: Path, pixels: int) -> None:
+    """RasterError where `pixels`, a raster's bytes, would not fit beside `path` however well compressed."""
+    free = shutil.disk_usage(path.parent).free
+    if pixels > _COMPRESSED * free:
+        raise RasterError(
+            f"{path}: {pixels / 2**30:,.0f} GiB of pixels don't fit into the {free / 2**30:,.1f} GiB that are "
+            f"free there, not even compressed {_COMPRESSED} to 1"
+        )
 
 
 def publish(staging: Path, path: Path, *, replace: bool = True) -> None:

@@ -1,13 +1,14 @@
 """What a command may replace: only what the same kind of command wrote."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from tiling.behind import behind, check_apart
 from tiling.conventions import KEY
-from tiling.publish import check_free
+from tiling.publish import check_free, check_room
 from tiling.raster import Raster
 
 # Files of a store: metadata of groups and arrays, shards, and shards whose writer was killed.
@@ -24,11 +25,13 @@ def check_result(
     """RasterError unless a copy of `raster` may be written to `path`.
 
     It must not take the place of anything that the raster is read from, whatever the flags, nor of anything
-    that is `foreign`: no result of the same kind. foreign, advice: as `check_free` has them.
+    that is `foreign`: no result of the same kind; and there must be room for it. foreign, advice: as
+    `check_free` has them.
     """
     for address in raster.addresses:
         check_apart([path], behind(address).places)
     check_free(path, overwrite, foreign, advice)
+    check_room(path, math.prod(raster.shape) * raster.dtype.itemsize)
 
 
 def not_a_tiff(path: Path) -> str | None:
