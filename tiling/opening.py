@@ -10,7 +10,7 @@ from rasterio.enums import ColorInterp, Resampling
 
 from tiling.area import Geometry, find_area
 from tiling.behind import SIDECARS, check_file
-from tiling.errors import RasterError
+from tiling.errors import RasterError, named
 from tiling.gdal_source import GdalSource, open_dataset
 from tiling.integrity import check_ends
 from tiling.raster import Bands, Raster, band_positions
@@ -51,20 +51,27 @@ def open_raster(
     paths = [_address(p) for p in ([path] if isinstance(path, (str, PathLike)) else path)]
     if not paths:
         raise RasterError("no file to open: the list of paths is empty")
+    with named(", ".join(paths), "not a raster that can be read"):
+        source, bands = _source(paths, bands, resolution, method)
+        if unscale and source.profile.metadata.scaled:
+            source = UnscaledSource(source)
+        profile = source.profile
+        chosen = None if bands is None else band_positions(source.name, bands, profile.band_names)
+        area = find_area(aoi, profile, source.name) if aoi is not None else None
+        return Raster(source, bands=chosen, area=area)
+
+
+def _source(
+    paths: list[str], bands: Bands, resolution: float | tuple[float, float] | None, method: Resampling
+) -> tuple[Source, Bands]:
+    """The source of all files, and the bands that are left to choose of it."""
     if len(paths) > 1:
         source: Source = _stack(paths, method)
     elif is_zarr(paths[0]):
         source = ZarrSource(paths[0])
     else:
         source, bands = _one_file(paths[0], bands), None
-    if resolution is not None:
-        source = _at_resolution(source, resolution, method)
-    if unscale and source.profile.metadata.scaled:
-        source = UnscaledSource(source)
-    profile = source.profile
-    chosen = None if bands is None else band_positions(source.name, bands, profile.band_names)
-    area = find_area(aoi, profile, source.name) if aoi is not None else None
-    return Raster(source, bands=chosen, area=area)
+    return source if resolution is None else _at_resolution(source, resolution, method), bands
 
 
 def _one_file(path: str, bands: Bands) -> GdalSource:

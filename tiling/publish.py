@@ -75,8 +75,8 @@ def check_room(path: Path, pixels: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if pixels > _COMPRESSED * free:
         raise RasterError(
-            f"{path}: {pixels / 2**30:,.0f} GiB of pixels don't fit into the {free / 2**30:,.1f} GiB that are "
-            f"free there, not even compressed {_COMPRESSED} to 1"
+            f"{path}: {pixels / 2**30:,.0f} GiB of pixels don't fit into the {free / 2**30:,.1f} GiB that "
+            f"are free there, not even compressed {_COMPRESSED} to 1"
         )
 
 

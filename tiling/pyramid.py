@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rasterio.windows import Window
 
 from tiling.conventions import describe_levels
-from tiling.errors import RasterError
+from tiling.errors import RasterError, named
 from tiling.grid import TileGrid
 from tiling.source import Array, Profile, avoid, not_missing
 from tiling.zarr_source import ZarrSource
@@ -32,6 +32,11 @@ def build_pyramid(
         of four, the first of equals); "auto" takes "mode" where there is a colour table, else "average".
     progress: called with (shards done, shards in all). Levels that are there already are made again.
     """
+    with named(str(path), "its pyramid can't be made"):
+        return _build(path, method, progress)
+
+
+def _build(path: str | PathLike[str], method: str, progress: Callable[[int, int], object] | None) -> int:
     import zarr
 
     source = ZarrSource(str(path))

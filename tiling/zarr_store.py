@@ -21,7 +21,7 @@ from rasterio.crs import CRS
 from rasterio.windows import Window
 
 from tiling.conventions import describe
-from tiling.errors import RasterError
+from tiling.errors import RasterError, named
 from tiling.grid import Margins, Pair, TileGrid, shard_aligned
 from tiling.memory import gdal_cache
 from tiling.metadata import Metadata
@@ -260,7 +260,8 @@ def resume_zarr(
     source = ZarrSource(str(staging))
     import zarr
 
-    shards = zarr.open_array(Path(staging) / "0", mode="r").shards
+    with named(str(staging), "not a store of create_zarr"):
+        shards = zarr.open_array(Path(staging) / "0", mode="r").shards
     if shards is None:
         raise RasterError(f"{staging}: not a store of create_zarr: its array has no shards")
     return ZarrWriter(Path(path), Path(staging), source.profile, (shards[1], shards[2]), overwrite)

@@ -1,5 +1,6 @@
 """Small rasters to test on."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import rasterio
 from rasterio.transform import from_origin
+
+sys.path.insert(0, str(Path(__file__).parent))  # helpers that tests import by name
 
 WriteTif = Callable[..., Path]
 
