@@ -36,7 +36,10 @@ _CHILD = "import pickle, sys; from heads.ahead import build; build(*pickle.load(
 
 @dataclass(frozen=True)
 class Signature:
-    """What a library is built for. `dtypes` are the tensor arguments with a dtype in each tensor's place."""
+    """What a library is built for. `dtypes` are the tensor arguments with a dtype in each tensor's place.
+
+    device is "cpu" or a GPU by its number, such as "cuda:1"; processor tells GPUs of different kinds apart.
+    """
 
     function: Callable[..., Any]
     constants: tuple[Any, ...]  # by place, None where a tensor goes
@@ -45,13 +48,15 @@ class Signature:
     dim: int
     device: str
     threads: int
+    processor: str = ""
 
     def digest(self) -> str:
-        """The name of the library."""
+        """The name of the library: the same for GPUs of one kind, whatever their numbers."""
         rules = [type(constant) for constant in self.constants if is_dataclass(constant)]
         files = [inspect.getfile(part) for part in (Signature, counter, kernels, optimizers, *rules)]
         name = self.function.__name__
-        settings = (name, self.constants, self.dtypes, self.shapes, self.dim, self.device, self.threads)
+        kind = (torch.device(self.device).type, self.processor)
+        settings = (name, self.constants, self.dtypes, self.shapes, self.dim, kind, self.threads)
         parts = [*(Path(file).read_bytes() for file in files), repr(settings).encode()]
         return hashlib.sha256(b"\0".join([*parts, torch.__version__.encode(), _machine()])).hexdigest()[:32]
 
@@ -77,7 +82,7 @@ class Library:
             with FileLock(path.with_suffix(".lock")):
                 if not path.is_file():
                     _build_apart(signature, path)
-            number = -1 if signature.device == "cpu" else torch.cuda.current_device()
+            number = -1 if signature.device == "cpu" else torch.device(signature.device).index
             # What torch._inductor.aoti_load_package wraps, without importing the compiler to get at it.
             loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, number)
         except Exception as error:  # whatever the many layers below raise
@@ -112,12 +117,13 @@ class AheadKernel:
         constants = tuple(None if isinstance(a, _TENSORS) else a for a in arguments)
         leaves = [leaf.contiguous() for leaf in pytree.tree_leaves(tensors)]
         dim = next((leaves[0].shape[1] for shape in self.shapes[:1] if "D" in shape), 0)
-        key = (constants, dim, torch.get_num_threads(), *(leaf.dtype for leaf in leaves))
+        where = leaves[0].device
+        key = (constants, dim, where, torch.get_num_threads(), *(leaf.dtype for leaf in leaves))
         if key not in self._runners:
             dtypes = pytree.tree_map(lambda leaf: leaf.dtype, tensors)
-            device = leaves[0].device.type
+            threads, kind = torch.get_num_threads(), processor(where)
             signature = Signature(
-                self.function, constants, dtypes, self.shapes, dim, device, torch.get_num_threads()
+                self.function, constants, dtypes, self.shapes, dim, str(where), threads, kind
             )
             self._runners[key] = self.library.load(signature)
         run = self._runners[key]
@@ -178,6 +184,14 @@ def _build_apart(signature: Signature, path: Path) -> None:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         raise OSError(lines[-1] if lines else f"the compiler ended with status {done.returncode}")
     partial.replace(path)
+
+
+def processor(device: torch.device) -> str:
+    """What tells GPUs of different machine code apart; of the CPU every library's name knows anyway."""
+    if device.type == "cpu":
+        return ""
+    found = torch.cuda.get_device_properties(device)
+    return f"{found.name}, compute capability {found.major}.{found.minor}, CUDA {torch.version.cuda}"
 
 
 def _machine() -> bytes:

@@ -8,18 +8,17 @@ from typing import Any
 
 import torch
 
+from bigvision.ranks import Ranks
 from heads.adaptive import AdaptiveMargin
-from heads.collectives import Ranks
+from heads.forecast import HeadPlan, check_memory
 from heads.host_rows import HostRows
 from heads.idle import StepHistory
-from heads.mapped_rows import MappedRows
+from heads.mapped_rows import MappedRows, check_room
 from heads.margin import Margin
 from heads.optimizers import SGD, RowOptimizer
 from heads.partition import class_range
 from heads.shard import Shard, accumulation_dtype, multiply_dtype
-from heads.stores import DeviceRows, RowStore
-
-STORAGE = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+from heads.stores import STORAGE, DeviceRows, RowStore
 
 
 def check_settings(
@@ -52,14 +51,18 @@ def build_shard(
     ranks: Ranks,
     num_classes: int,
     dim: int,
-    dtype: torch.dtype,
+    storage: str,
     rule: RowOptimizer | None,
     place: str | Path,
     host_cache: int,
     device: torch.device,
 ) -> Shard:
     """This rank's rows, still zero, in their place, with the columns of the optimiser."""
-    classes = class_range(num_classes, ranks.rank, ranks.size)
+    plan = HeadPlan(num_classes, dim, storage, rule, place, host_cache, ranks.size)
+    if place not in ("device", "host"):
+        check_room(Path(place), plan.memory().disk, ranks.rank)
+    check_memory(plan, ranks, device)
+    classes, dtype = class_range(num_classes, ranks.rank, ranks.size), STORAGE[storage]
     n, shape = len(classes), (len(classes), dim)
     acc = accumulation_dtype(dtype)
     wide = ("weight", *(rule.wide if rule else ()))

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from heads.collectives import Ranks, together
+from bigvision.ranks import Ranks
 from heads.head import ShardedMarginHead
 from heads.safetensors_storage import StreamedReader, StreamedWriter
 from heads.state import position, resume, row_tensors, settle, shared_tensors
@@ -81,20 +81,22 @@ def load_head(head: ShardedMarginHead, folder: Path | str) -> None:
 
 def _state(head: ShardedMarginHead) -> dict[str, Any]:
     """Live tensors by name; those with a row a class as DTensors."""
-    mesh = None if head.ranks.size == 1 else init_device_mesh(_mesh_device(head), (head.ranks.size,))
-    state: dict[str, Any] = {k: _shard(v, head.num_classes, mesh) for k, v in row_tensors(head).items()}
+    rows = row_tensors(head)
+    state: dict[str, Any] = dict(rows)
+    if head.ranks.size > 1:
+        # Of the tensor's own device: a mesh of another one would make each DTensor a copy of its rows.
+        meshes = {kind: _mesh(head.ranks, kind) for kind in sorted({t.device.type for t in rows.values()})}
+        state = {k: _shard(v, head.num_classes, meshes[v.device.type]) for k, v in rows.items()}
     buffers = {f"module.{name}": buffer for name, buffer in head.named_buffers()}
     # Scalars are saved as vectors of one: a shard has rows.
     return state | shared_tensors(head) | {k: v.view(-1) if v.ndim == 0 else v for k, v in buffers.items()}
 
 
-def _mesh_device(head: ShardedMarginHead) -> str:
-    return head.shard.device.type
+def _mesh(ranks: Ranks, kind: str) -> DeviceMesh:
+    return init_device_mesh(kind, (ranks.size,))
 
 
-def _shard(local: Tensor, num_classes: int, mesh: DeviceMesh | None) -> Tensor:
-    if mesh is None:
-        return local
+def _shard(local: Tensor, num_classes: int, mesh: DeviceMesh) -> Tensor:
     shape = torch.Size((num_classes, *local.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
@@ -130,7 +132,7 @@ def _quiet() -> Iterator[None]:
 def _together(ranks: Ranks, what: str) -> Iterator[None]:
     """An error on any rank is a CheckpointError on all of them."""
     try:
-        with together(ranks, what):
+        with ranks.together(what):
             try:
                 yield
             except dcp.CheckpointException as error:  # a collective failure: the first rank's own error

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bigvision import gating
-from heads.collectives import Ranks
+from bigvision.ranks import Ranks
 from heads.gates import ActiveGate, GateInput
 from heads.shard import ActiveRows, Shard
 from heads.stores import Rows

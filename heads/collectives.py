@@ -1,82 +1,16 @@
-"""What the ranks tell each other: ragged batches, sums, and errors that everybody raises.
+"""The samples of all ranks: ragged batches, looked at before any work.
 
 Shapes: b samples of one rank, B samples of all ranks, D dimension.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from bigvision.ranks import Ranks
+
 _OK, _WIDTH, _LABEL, _NOT_FINITE, _PAIRING, _LABEL_TYPE = range(6)
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process in the default process group, or a lone one where none is initialised."""
-
-    rank: int
-    size: int
-
-    @staticmethod
-    def current() -> "Ranks":
-        """As torch.distributed says."""
-        if dist.is_available() and dist.is_initialized():
-            return Ranks(dist.get_rank(), dist.get_world_size())
-        return Ranks(0, 1)
-
-    def sum_(self, x: Tensor) -> Tensor:
-        """Sum over the ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(x, op=dist.ReduceOp.SUM)
-        return x
-
-    def max_(self, x: Tensor) -> Tensor:
-        """Maximum over the ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(x, op=dist.ReduceOp.MAX)
-        return x
-
-    def gather(self, x: Tensor) -> list[Tensor]:
-        """The tensors of all ranks (equal shapes), in the order of the ranks."""
-        if self.size == 1:
-            return [x]
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous())
-        return parts
-
-    def agree(self, name: str, x: Tensor) -> None:
-        """Raises ValueError on every rank unless all ranks hold the same small int64 tensor."""
-        parts = self.gather(x)
-        if any(not torch.equal(part, parts[0]) for part in parts):
-            values = ", ".join(f"rank {r}: {part.tolist()}" for r, part in enumerate(parts))
-            raise ValueError(f"{name} must be the same on every rank, got {values}")
-
-    def barrier(self) -> None:
-        """Waits for every rank."""
-        if self.size > 1:
-            dist.barrier()
-
-
-@contextmanager
-def together(ranks: Ranks, what: str) -> Iterator[None]:
-    """Runs the block on every rank; an error on any of them is a ValueError on all, naming the first."""
-    failure = ""
-    try:
-        yield
-    except Exception as error:  # whatever it is, the other ranks must hear of it
-        text = f"{type(error).__name__}: {error}"
-        failure = str(error) if isinstance(error, ValueError) else f"rank {ranks.rank}: {text}"
-    failures: list[Any] = [failure]
-    if ranks.size > 1:
-        failures = [None] * ranks.size
-        dist.all_gather_object(failures, failure)
-    if any(failures):
-        raise ValueError(f"{what}: {next(f for f in failures if f)}")
 
 
 @dataclass(frozen=True)
@@ -98,7 +32,7 @@ def gather_batch(ranks: Ranks, features: Tensor, labels: Tensor, dim: int, num_c
     be 0.
     """
     header = _inspect(features, labels, dim, num_classes)
-    headers = torch.stack(ranks.gather(header)).tolist()
+    headers = torch.stack(ranks.gather_rows(header)).tolist()
     for rank, (code, value, position, _) in enumerate(headers):
         if code != _OK:
             raise ValueError(_message(rank, code, value, position, dim, num_classes))
@@ -112,7 +46,7 @@ def gather_batch(ranks: Ranks, features: Tensor, labels: Tensor, dim: int, num_c
     padded_features[: len(features)] = features
     padded_labels = labels.new_full((longest,), -1)
     padded_labels[: len(labels)] = labels
-    parts = zip(ranks.gather(padded_features), ranks.gather(padded_labels), counts, strict=True)
+    parts = zip(ranks.gather_rows(padded_features), ranks.gather_rows(padded_labels), counts, strict=True)
     trimmed = [(f[:n], y[:n]) for f, y, n in parts]
     return GatheredBatch(torch.cat([f for f, _ in trimmed]), torch.cat([y for _, y in trimmed]), mine)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bigvision import gating
-from heads.collectives import Ranks
+from bigvision.ranks import Ranks
 from heads.shard import ActiveRows, Shard
 from heads.stores import Rows
 

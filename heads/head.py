@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bigvision.ranks import Ranks
 from heads.adaptive import AdaptiveMargin, claimed
-from heads.building import STORAGE, build_shard, check_settings, constructor_arguments
-from heads.collectives import Ranks, gather_batch, together
+from heads.building import build_shard, check_settings, constructor_arguments
+from heads.collectives import gather_batch
 from heads.counter import STREAM_ROUNDING
 from heads.gates import ActiveGate, GateSpec
 from heads.kernel_choice import choose_kernels
@@ -98,11 +99,10 @@ class ShardedMarginHead(HeadModule):
         check_settings(self.margin, dim, scale, storage, normalized, tile, optimizer, place)
         self.num_classes, self.dim, self.scale, self.seed = num_classes, dim, scale, seed
         self.rule, self.active = optimizer, active
-        settings = torch.tensor([num_classes, dim, seed], device=where)
-        self.ranks.agree("(num_classes, dim, seed)", settings)
-        with together(self.ranks, "placing the centres"):
+        self.ranks.same("(num_classes, dim, seed)", (num_classes, dim, seed))
+        with self.ranks.together("placing the centres"):
             self._shard = build_shard(
-                self.ranks, num_classes, dim, STORAGE[storage], optimizer, place, host_cache, where
+                self.ranks, num_classes, dim, storage, optimizer, place, host_cache, where
             )
         self._shard.scale, self._shard.normalized = scale, normalized
         self._shard.tile, self._shard.seed = tile, seed
@@ -170,7 +170,7 @@ class ShardedMarginHead(HeadModule):
         own = torch.zeros(chunk, self.dim, dtype=shard.dtype, device=shard.device)
         for rows in shard.row_tiles():
             own[rows] = shard.load(rows)[0]["weight"].detach()
-        return torch.cat(self.ranks.gather(own))[: self.num_classes]
+        return torch.cat(self.ranks.gather_rows(own))[: self.num_classes]
 
     @torch.no_grad()
     def set_centers(self, centers: Any) -> None:
@@ -184,7 +184,7 @@ class ShardedMarginHead(HeadModule):
             ValueError: on every rank, for another shape.
         """
         shard = self.shard
-        with together(self.ranks, "setting the centres"):
+        with self.ranks.together("setting the centres"):
             shape = tuple(centers.get_shape() if hasattr(centers, "get_shape") else centers.shape)
             if shape != (self.num_classes, self.dim):
                 raise ValueError(f"centres must be {(self.num_classes, self.dim)}, got {shape}")

@@ -44,12 +44,11 @@ class MappedRows:
         self.names = tuple(names)
         self._device = device
         self._row_bytes = shape[1] * dtype.itemsize
-        folder.mkdir(parents=True, exist_ok=True)
+        check_room(folder, shape[0] * self._row_bytes * len(names), rank)
         paths = {name: folder / f"{name}-{rank}-of-{size}.rows" for name in names}
         total = max(shape[0] * self._row_bytes, 1)
         for path in paths.values():
             path.unlink(missing_ok=True)
-        _check_room(folder, total * len(names), rank)
         self._maps = {name: _map(path, total) for name, path in paths.items()}
         self._columns = {
             name: torch.frombuffer(view, dtype=dtype, count=shape[0] * shape[1]).view(shape)
@@ -114,7 +113,9 @@ def _map(path: Path, size: int) -> mmap.mmap:
         return mmap.mmap(file.fileno(), size)
 
 
-def _check_room(folder: Path, wanted: int, rank: int) -> None:
+def check_room(folder: Path, wanted: int, rank: int) -> None:
+    """Makes the folder; raises ValueError where its disk lacks `wanted` bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
     state = os.statvfs(folder)
     free = state.f_bavail * state.f_frsize
     if wanted > free:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heads.building import STORAGE
-from heads.collectives import Ranks
+from bigvision.ranks import Ranks
 from heads.gates import ActiveGate
 from heads.optimizers import FusedSteps
 from heads.shard import ActiveRows, Shard
 from heads.state import load_state, save_state
+from heads.stores import STORAGE
 
 
 class HeadModule(nn.Module):

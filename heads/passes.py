@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bigvision.ranks import Ranks
 from heads.adaptive import AdaptiveMargin, Value, run_margin
-from heads.collectives import GatheredBatch, Ranks
+from heads.collectives import GatheredBatch
 from heads.gates import ActiveGate, GateInput
 from heads.margin import Margin, TargetLogit, plain_logit, target_logit
 from heads.shard import ActiveRows, Shard, Slopes, Update, denominators, needs_shift, own_products, walk_back

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+STORAGE = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 Rows = slice | Tensor  # a contiguous run of rows, or int64 [K], sorted and distinct
 
 

@@ -7,7 +7,7 @@ look for names, not for ranks. The folder appears under its name only when every
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from bigvision.ranks import Ranks
 from bigvision.tensors import save_tensors
 
 from .exchange import expert_range
@@ -22,12 +23,6 @@ from .exchange import expert_range
 
 def _partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
-
-
-def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    if not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(group), dist.get_world_size(group)
 
 
 def _own(experts: Sequence[nn.Module], num_experts: int, rank: int, world: int) -> range:
@@ -72,12 +67,13 @@ def save_experts(
     Raises:
         ValueError: another number of experts than the rank's.
         FileExistsError: the folder is there already.
-        RuntimeError: another rank failed.
+        RanksError: what failed on any of several ranks, a ValueError raised on all of them.
     """
     path = Path(path)
     folder = _partial(path)
-    rank, world = _place(group)
-    with _together(group):
+    ranks = Ranks.current(group)
+    rank, world = ranks.rank, ranks.size
+    with _together(ranks, f"saving {path}"):
         own = _own(experts, num_experts, rank, world)
         if path.exists():
             raise FileExistsError(f"{path} exists already")
@@ -86,7 +82,7 @@ def save_experts(
         if rank == 0 and shared is not None:
             tensors |= {f"shared.{name}": tensor for name, tensor in shared.state_dict().items()}
         _write(folder / f"rank-{rank:05d}-of-{world:05d}.safetensors", tensors)
-    with _together(group):
+    with _together(ranks, f"saving {path}"):
         if rank == 0:
             for stale in set(folder.iterdir()) - set(_names(folder, world)):
                 stale.unlink()  # of an attempt with another number of ranks that did not finish
@@ -94,24 +90,10 @@ def save_experts(
 
 
 @contextmanager
-def _together(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """End on all ranks at once: an error is raised on its rank and named on the others."""
-    rank, world = _place(group)
-    error: Exception | None = None
-    try:
+def _together(ranks: Ranks, doing: str) -> Iterator[None]:
+    """An error on any rank is the same one on all; a process alone raises its own."""
+    with ranks.together(doing) if ranks.size > 1 else nullcontext():
         yield
-    except Exception as caught:
-        error = caught
-    told: list[str | None] = [None] * world
-    if world > 1:
-        dist.all_gather_object(
-            told, None if error is None else f"{type(error).__name__}: {error}", group=group
-        )
-    if error is not None:
-        raise error
-    failed = {other: message for other, message in enumerate(told) if message is not None}
-    if failed:
-        raise RuntimeError(f"other ranks failed, rank {rank} did not: {failed}")
 
 
 def _names(folder: Path, world: int) -> Iterator[Path]:
@@ -139,11 +121,12 @@ def load_experts(
         ValueError: another number of experts than saved, or tensors that are missing, left over or shaped
         otherwise.
         FileNotFoundError: no such folder.
-        RuntimeError: another rank failed.
+        RanksError: what failed on any of several ranks, a ValueError raised on all of them.
     """
     path = Path(path)
-    rank, world = _place(group)
-    with _together(group), ExitStack() as stack:
+    ranks = Ranks.current(group)
+    rank, world = ranks.rank, ranks.size
+    with _together(ranks, f"loading {path}"), ExitStack() as stack:
         if not path.is_dir():
             raise FileNotFoundError(f"no checkpoint at {path}")
         own = _own(experts, num_experts, rank, world)

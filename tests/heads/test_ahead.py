@@ -1,6 +1,7 @@
 """Kernels compiled ahead of time: the eager ones' numbers, built once, and a fall back that says so."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,7 +50,8 @@ def test_what_the_machine_code_depends_on_gives_another_digest() -> None:
         {"dtypes": (b,)},
         {"dim": 16},
         {"threads": 2},
-        {"device": "cuda"},
+        {"device": "cuda:0", "processor": "A100"},
+        {"device": "cuda:0", "processor": "H100"},
         {"constants": (None, b)},
         {"function": kernels.sum_exp},
         {"constants": (SGD(0.1), None)},
@@ -57,6 +59,16 @@ def test_what_the_machine_code_depends_on_gives_another_digest() -> None:
     ]
     digests = [ahead.Signature(**(base | other)).digest() for other in [{}, {}, *others]]
     assert digests[0] == digests[1] and len(set(digests)) == len(others) + 1
+    second = ahead.Signature(**(base | {"device": "cuda:1", "processor": "H100"})).digest()
+    assert second == digests[2 + others.index({"device": "cuda:0", "processor": "H100"})]
+
+
+def test_gpus_of_different_machine_code_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [SimpleNamespace(name=n, major=m, minor=0) for n, m in (("H100", 9), ("A100", 8), ("H100", 9))]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: kinds[device.index])
+    first, second, third = (ahead.processor(torch.device("cuda", number)) for number in range(3))
+    assert first == third != second and "compute capability 9.0" in first
+    assert ahead.processor(torch.device("cpu")) == ""
 
 
 @pytest.fixture(scope="module")

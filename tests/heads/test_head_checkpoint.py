@@ -9,8 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from heads import SGD, AdaFace, CheckpointError, Margin, ShardedMarginHead, load_head, save_head
+from bigvision.ranks import Ranks
+from heads import (
+    SGD,
+    AdaFace,
+    CheckpointError,
+    Margin,
+    ShardedMarginHead,
+    checkpoint,
+    clustered,
+    load_head,
+    save_head,
+)
 from heads.safetensors_storage import StreamedWriter
+from heads.state import row_tensors
 
 SAVER = """
 import sys, torch
@@ -47,6 +59,38 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     assert [train(head, s) for s in (3, 4)] == [train(other, s) for s in (3, 4)]
     assert torch.equal(head.full_centers(), other.full_centers())
     assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.metadata"))
+
+
+@pytest.mark.parametrize("settings", [{"place": "host"}, {"place": "folder"}, {"active": clustered(4)}, {}])
+def test_what_is_loaded_reaches_the_centres_wherever_they_are(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`DTensor.from_local` copies a tensor that is not on its mesh's device: a checkpoint would be read into
+    the copy. Here "meta" stands for the GPU, with the centres of a host or a folder left on the CPU.
+    """
+    if settings.get("place") == "folder":
+        settings = {"place": tmp_path / "rows"}
+    head = make(**settings)
+    rows = row_tensors(head)
+    where = {
+        name: tensor if name in head.shard.store.names and "place" in settings else tensor.to("meta")
+        for name, tensor in rows.items()
+    }
+
+    class Mesh:
+        def __init__(self, kind: str, shape: tuple[int, ...]) -> None:
+            self.kind = kind
+            assert shape == (2,)
+
+    def from_local(local: torch.Tensor, mesh: Mesh, *_: object, **__: object) -> torch.Tensor:
+        return local if local.device.type == mesh.kind else local.to(mesh.kind)
+
+    monkeypatch.setattr(checkpoint, "init_device_mesh", Mesh)
+    monkeypatch.setattr(checkpoint, "row_tensors", lambda _: where)
+    monkeypatch.setattr(checkpoint.DTensor, "from_local", from_local)
+    head.ranks = Ranks(0, 2)
+    state = checkpoint._state(head)
+    assert all(state[name] is tensor for name, tensor in where.items())
 
 
 def test_a_failed_save_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

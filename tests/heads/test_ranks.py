@@ -62,7 +62,7 @@ def test_bad_input_on_one_rank_is_the_same_error_on_all(outcomes: Outcomes, size
     )
     assert "num_classes is 37 there and 36 here" in first["dim"]
     assert first["absent"].startswith("CheckpointError: loading") and "No such file" in first["absent"]
-    assert first["place"].startswith(f"ValueError: placing the centres: rank {size - 1}: NotADirectoryError")
+    assert first["place"].startswith(f"RanksError: placing the centres: rank {size - 1}: NotADirectoryError")
     assert first["unwritable"].startswith("CheckpointError: saving")
     if size > 1:
         spread = (

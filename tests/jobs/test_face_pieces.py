@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import heads
+from bigvision.jobs.faces import plan
 from bigvision.jobs.faces.agreement import FaceJobError, World
 from bigvision.jobs.faces.centres import open_centres
 from bigvision.jobs.faces.curves import Curves, Point
@@ -81,20 +82,45 @@ def test_a_plan_counts_the_head() -> None:
     options = replace(
         OPTIONS, storage="bfloat16", batch_size=256, memory="24GiB", backbone="mobilefacenet", image_size=16
     )
-    plan = make_plan(options, 10_000_000, 100_000_000, 2, 2)
-    assert plan.head == 5_000_000 * 512 * 2
-    assert plan.head_optimizer > plan.head  # momentum, and the rows' norms
+    made = make_plan(options, 10_000_000, 100_000_000, 2, 2)
+    assert made.head == 5_000_000 * 512 * 2
+    assert made.head_optimizer > made.head  # momentum, and the rows' norms
     with pytest.raises(
         ValueError, match=r"2 ranks here need about .* GiB and 14\.00 GiB are available: lower"
     ):
         make_plan(replace(options, memory="14GiB"), 10_000_000, 100_000_000, 2, 2).check()
     mapped = make_plan(replace(options, place="/scratch"), 10_000_000, 100_000_000, 2, 2)
     assert mapped.head == 0
-    assert mapped.on_disk == 2 * plan.head
+    assert mapped.on_disk == 2 * made.head
     lean = make_plan(replace(options, head_optimizer="adagrad"), 10_000_000, 100_000_000, 2, 2)
     lean.check()
     assert "5,000" not in "".join(lean.lines())
     assert lean.steps_per_epoch == 100_000_000 // 256
+
+
+def test_a_plan_of_a_gpu_counts_host_memory_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Host rows, processes that decode and Python itself take none of the GPU's memory."""
+    free = {"cpu": 64 << 30, "cuda:0": 16 << 30, "cuda:1": 16 << 30}
+    monkeypatch.setattr(plan, "free_memory", lambda device="cpu": free[str(device)])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    options = replace(
+        OPTIONS, device="cuda", storage="bfloat16", backbone="mobilefacenet", image_size=16, workers=9
+    )
+    large = make_plan(options, 20_000_000, 100_000_000, 2, 2)
+    with pytest.raises(ValueError, match=r"need about .* of the GPU's memory and 32\.00 GiB .*--place host"):
+        large.check()
+    hosted = make_plan(replace(options, place="host"), 20_000_000, 100_000_000, 2, 2)
+    hosted.check()
+    assert hosted.on_device < 2 << 30 and hosted.on_host > 20 << 30
+    text = "\n".join(hosted.lines())
+    assert "GPU memory of each of 2 ranks here, of 32.00 GiB for all:" in text
+    assert "host memory of each of 2 ranks here, of 64.00 GiB for all:" in text
+    assert text.index("activations") < text.index("host memory") < text.index("processes that decode")
+    free["cpu"] = 20 << 30
+    with pytest.raises(ValueError, match="of host memory and"):
+        make_plan(replace(options, place="host"), 20_000_000, 100_000_000, 2, 2).check()
+    on_cpu = make_plan(replace(options, place="host", device="cpu"), 1_000_000, 10_000_000, 2, 2)
+    assert on_cpu.available == 20 << 30 and on_cpu.total > 10**6 * 512 * 2  # one memory for all
 
 
 def test_a_plan_measures_what_autograd_keeps() -> None:

@@ -1,21 +1,20 @@
-"""Errors that all ranks raise together: a rank that fails alone would leave the others waiting in a
-collective."""
+"""The ranks of a face job: one machine's or several machines', and how their errors read."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-T = TypeVar("T")
+from bigvision.ranks import Failure, Ranks, RanksError
 
 
-class FaceJobError(ValueError):
+class FaceJobError(RanksError):
     """A failure that every rank has been told of; the text names the rank it happened on.
 
     `transient` says that the same run may well get further when it is started again (a drive that went away).
@@ -27,67 +26,26 @@ class FaceJobError(ValueError):
 
 
 @dataclass(frozen=True)
-class World:
+class World(Ranks):
     """This process among the ranks of a run."""
 
-    rank: int = 0
-    size: int = 1
     local_rank: int = 0
     local_size: int = 1
     restarts: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    @property
-    def leads(self) -> bool:
-        """Whether this rank writes the files and speaks."""
-        return self.rank == 0
-
-    def gather(self, value: T) -> list[T]:
-        """The values of all ranks, in rank order."""
-        if self.size == 1:
-            return [value]
-        values: list[T] = [value] * self.size
-        dist.all_gather_object(values, value)
-        return values
-
-    def sum(self, value: float) -> float:
-        """Sum of a number over the ranks."""
-        return float(sum(self.gather(value)))
-
-    def agree(self, failure: Exception | None, doing: str, *, stop: bool = False) -> bool:
-        """Whether any rank was told to `stop`; one small all-reduce.
-
-        Raises `FaceJobError` on all ranks, naming rank and error, if any has a failure.
-        """
-        if self.size > 1:
-            flags = torch.tensor([failure is not None, stop], dtype=torch.int32, device=self.device)
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-            failing, stop = (bool(flag) for flag in flags.tolist())
-            if not failing:
-                return stop
-        elif failure is None:
-            return stop
-        told = self.gather(None if failure is None else (_sentence(failure), _may_pass(failure)))
-        failed = {rank: found for rank, found in enumerate(told) if found is not None}
-        rank, (text, transient) = next(iter(failed.items()))
+    def complaint(self, doing: str, failed: Mapping[int, Failure]) -> FaceJobError:
+        """`FaceJobError`, naming the first rank that failed, or all where all failed alike."""
+        rank, first = next(iter(failed.items()))
         same = len(failed) == self.size and len(set(failed.values())) == 1
         who = "" if self.size == 1 else ("on every rank, " if same else f"on rank {rank}, ")
-        raise FaceJobError(f"{who}{doing}: {text}", transient) from failure
+        return FaceJobError(f"{who}{doing}: {first.text}", first.transient)
 
-    @contextmanager
-    def together(self, doing: str) -> Iterator[None]:
-        """Run a block on all ranks; if any fails, all raise `FaceJobError` with the rank and its error.
-
-        The block must not leave a collective half done: it either has none, or fails before them.
-        """
-        failure: Exception | None = None
-        try:
-            yield
-        except FaceJobError:
-            raise  # told to all ranks already
-        except Exception as error:
-            failure = error
-        self.agree(failure, doing)
+    def described(self, error: Exception) -> Failure:
+        """The error as one sentence, and whether it lies in the machine rather than in what was asked for."""
+        return Failure(
+            _sentence(error), type(error).__name__, isinstance(error, ValueError), _may_pass(error)
+        )
 
 
 def _may_pass(error: Exception) -> bool:
@@ -132,6 +90,7 @@ def world_of_torchrun(device: torch.device, timeout: timedelta = timedelta(minut
         yield World(
             number["RANK"],
             number["WORLD_SIZE"],
+            None,
             number["LOCAL_RANK"],
             number["LOCAL_WORLD_SIZE"],
             number["TORCHELASTIC_RESTART_COUNT"],

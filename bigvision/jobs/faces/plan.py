@@ -6,16 +6,16 @@ Legend: C classes, W ranks, D dimension, B global batch, b images that pass the 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bigvision.hardware import free_memory
 from bigvision.jobs.faces.options import TrainOptions
 from bigvision.jobs.process.options import parse_bytes
 from bigvision.models.embedding import build_backbone
+from heads.forecast import HeadPlan
 
 RUNTIME = 350 << 20  # private bytes of the interpreter with torch, measured on Linux; libraries are shared
 WORKER = 280 << 20  # of a process that decodes images
@@ -23,64 +23,83 @@ WORKER = 280 << 20  # of a process that decodes images
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory of one rank in bytes, and the machine's share for it."""
+    """Memory of one rank in bytes, by what it is for, and the machine's for all of them."""
 
     classes: int
-    head: int  # centres
+    head: int  # centres, where the work is done
     head_optimizer: int  # its moments and the norms of the rows
     head_work: int  # gathered features and tiles
     backbone: int  # parameters, gradients, momentum
     activations: int
+    host: int  # centres and moments that live in host memory
     workers: int  # processes that decode
     on_disk: int  # centres that live in a file
-    available: int
+    gpu: bool  # whether the work is done on one, with memory of its own
+    available: int  # where the work is done
+    available_host: int
     ranks_here: int
     steps: int
     steps_per_epoch: int
 
     @property
+    def on_device(self) -> int:
+        """Bytes of one rank where the work is done."""
+        return self.head + self.head_optimizer + self.head_work + self.backbone + self.activations
+
+    @property
+    def on_host(self) -> int:
+        """Bytes of one rank that are host memory whatever the device is."""
+        return self.host + self.workers + RUNTIME
+
+    @property
     def total(self) -> int:
         """Bytes of one rank."""
-        parts = (
-            self.head,
-            self.head_optimizer,
-            self.head_work,
-            self.backbone,
-            self.activations,
-            self.workers,
-        )
-        return sum(parts) + RUNTIME
+        return self.on_device + self.on_host
 
     def check(self) -> None:
         """Raise ValueError, with what would help, where the ranks of this machine need more than there is."""
-        needed = self.total * self.ranks_here
-        if needed > self.available:
+        if not self.gpu:
+            self._check("", self.total, self.available, "--place PATH")
+            return
+        place = "--place PATH" if self.host else "--place host, --place PATH"
+        self._check(" of the GPU's memory", self.on_device, self.available, place)
+        self._check(
+            " of host memory", self.on_host, self.available_host, "--workers below that, --place PATH"
+        )
+
+    def _check(self, what: str, each: int, available: int, place: str) -> None:
+        needed = each * self.ranks_here
+        if needed > available:
             raise ValueError(
-                f"{self.ranks_here} ranks here need about {size_text(needed)} and "
-                f"{size_text(self.available)} are "
-                "available: lower --batch-size, raise --accumulate, use --storage bfloat16, "
-                "--head-optimizer "
-                f"adagrad or --place PATH, or more machines"
+                f"{self.ranks_here} ranks here need about {size_text(needed)}{what} and "
+                f"{size_text(available)} are available: lower --batch-size, raise --accumulate, use "
+                f"--storage bfloat16, --head-optimizer adagrad or {place}, or more machines"
             )
 
     def lines(self) -> Iterator[str]:
         """The plan as text."""
         yield f"{self.classes:,} classes, {self.steps:,} steps, {self.steps_per_epoch:,} an epoch"
-        yield f"memory of each of {self.ranks_here} ranks here, of {size_text(self.available)} for all:"
-        rows = {
+        device = {
             "head: class centres": self.head,
             "head: optimiser, norms": self.head_optimizer,
             "head: gathered batch, tiles": self.head_work,
             "backbone, gradient, momentum": self.backbone,
             "activations": self.activations,
-            "processes that decode": self.workers,
-            "Python and torch": RUNTIME,
-            "together": self.total,
         }
-        for name, count in rows.items():
-            yield f"  {name:30} {size_text(count):>10}"
+        host = {"head: centres on the host": self.host} if self.host else {}
+        host |= {"processes that decode": self.workers, "Python and torch": RUNTIME}
+        if self.gpu:
+            yield from self._table("GPU memory", device, self.on_device, self.available)
+            yield from self._table("host memory", host, self.on_host, self.available_host)
+        else:
+            yield from self._table("memory", device | host, self.total, self.available)
         if self.on_disk:
             yield f"  {'centres in a file':30} {size_text(self.on_disk):>10}"
+
+    def _table(self, title: str, rows: dict[str, int], together: int, available: int) -> Iterator[str]:
+        yield f"{title} of each of {self.ranks_here} ranks here, of {size_text(available)} for all:"
+        for name, count in (rows | {"together": together}).items():
+            yield f"  {name:30} {size_text(count):>10}"
 
 
 def make_plan(options: TrainOptions, classes: int, images: int, world_size: int, ranks_here: int) -> Plan:
@@ -89,26 +108,33 @@ def make_plan(options: TrainOptions, classes: int, images: int, world_size: int,
         raise ValueError(f"a margin softmax needs at least two identities; the data has {classes}")
     if classes < world_size:
         raise ValueError(f"{classes} classes cannot be shared by {world_size} ranks")
-    rows = -(-classes // world_size)
-    row_bytes = rows * options.dim * {"float64": 8, "float32": 4, "bfloat16": 2}[options.storage]
-    settings = options.head_optimizer_settings()
-    moments = row_bytes * len(settings.wide)
-    narrow = rows * 4 * (1 + len(settings.narrow))
-    mapped = options.place not in ("device", "host")
+    head = HeadPlan(
+        classes,
+        options.dim,
+        options.storage,
+        options.head_optimizer_settings(),
+        options.place,
+        ranks=world_size,
+    )
+    memory = head.memory()
+    centres = head.column if options.place == "device" else 0
     per_epoch = max(1, images // options.batch_size)
     part = -(-options.batch_size // world_size)
     backbone, activations = backbone_memory(options, -(-part // options.accumulate))
-    tile = min(rows, 8192)
+    tile = min(head.rows, 8192)
     return Plan(
         classes=classes,
-        head=0 if mapped else row_bytes,
-        head_optimizer=narrow if mapped else moments + narrow,
+        head=centres,
+        head_optimizer=memory.device - centres,
         head_work=4 * (6 * options.batch_size * options.dim + 3 * tile * (options.batch_size + options.dim)),
         backbone=backbone,
         activations=activations,
+        host=memory.host,
         workers=options.workers * WORKER,
-        on_disk=row_bytes + moments if mapped else 0,
+        on_disk=memory.disk,
+        gpu=on_gpu(options),
         available=available_memory(options),
+        available_host=free_memory(),
         ranks_here=ranks_here,
         steps=max(1, round(options.epochs * per_epoch)),
         steps_per_epoch=per_epoch,
@@ -155,19 +181,20 @@ def kept_bytes() -> Iterator[dict[int, int]]:
         yield kept
 
 
+def on_gpu(options: TrainOptions) -> bool:
+    """Whether `--device` means a GPU here."""
+    return options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+
+
 def available_memory(options: TrainOptions) -> int:
-    """Bytes for all ranks of this machine: `--memory`, or what is free (of the GPU, of the container, of the
-    machine).
+    """Bytes for all ranks of this machine where the work is done: `--memory`, or what is free (of the GPUs,
+    of the container, of the machine).
     """
     if options.memory != "auto":
         return parse_bytes(options.memory)
-    if options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available()):
-        return sum(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count()))
-    free = psutil.virtual_memory().available
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.is_file() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
-    return int(free)
+    if on_gpu(options):
+        return sum(free_memory(f"cuda:{number}") for number in range(torch.cuda.device_count()))
+    return free_memory()
 
 
 def size_text(count: int) -> str:

@@ -78,7 +78,7 @@ class _Run:
         )
         self.steps: Steps = self.subject.steps(self.data.train, self.loss, ranks)
         self.score = self.subject.scorer(self.data.validation, ranks, say)
-        self.folder = RunFolder(out, _fingerprint(pairs, options, self.subject, ranks.world))
+        self.folder = RunFolder(out, _fingerprint(pairs, options, self.subject, ranks.size))
         self.total = self.steps.per_epoch * options.epochs
         self.done, self.best = 0, -1.0
         self.progress = Progress(say, self.total, self.steps.per_epoch)
@@ -116,7 +116,7 @@ class _Run:
             raise self._failed(str(error)) from error
         weight = self.ranks.average_gradients(self.model, result.weight)
         share = torch.tensor(result.loss * result.weight / weight, dtype=torch.float64)
-        loss = float(self.ranks.total(share.to(self.ranks.device)))
+        loss = float(self.ranks.sum_(share.to(self.ranks.device)))
         largest = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip or float("inf"))
         if not (torch.isfinite(largest) and math.isfinite(loss)):
             raise self._failed(f"loss {loss}, gradient norm {float(largest)} at {result.places}")
@@ -159,9 +159,9 @@ class _Run:
         if self.ranks.leads:
             open_run(self.folder, self._asked(), overwrite=self.options.overwrite)
             self.folder.describe(self._description())
-        self.ranks.wait()
+        self.ranks.barrier()
         state = self.folder.load_checkpoint()
-        self.ranks.wait()
+        self.ranks.barrier()
         if state is None:
             return
         self.done, self.best = int(state["step"]), float(state["best"])
@@ -181,7 +181,7 @@ class _Run:
     def _description(self) -> dict[str, object]:
         return {
             "options": self._asked(),
-            "ranks": self.ranks.world,
+            "ranks": self.ranks.size,
             "classes": self.classes,
             "steps": self.total,
             "process": process_command(self.options, self.folder, self.subject.words(self.folder)),

@@ -3,50 +3,34 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
+
+from bigvision import ranks
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process among `world` of them, and its device."""
+class Ranks(ranks.Ranks):
+    """This process among those of a training, and its device."""
 
-    rank: int
-    world: int
-    device: torch.device
-
-    @property
-    def leads(self) -> bool:
-        """Whether this rank writes the files."""
-        return self.rank == 0
-
-    def wait(self) -> None:
-        """Until every rank is here."""
-        if self.world > 1:
-            dist.barrier()
-
-    def total(self, values: Tensor) -> Tensor:
-        """The sum of `values` over the ranks, on every rank."""
-        if self.world > 1:
-            dist.all_reduce(values)
-        return values
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def average_gradients(self, model: nn.Module, weight: float) -> float:
         """Replace gradients by their mean over the ranks weighted by `weight`; returns the weights' sum.
 
         All gradients travel as one vector. A rank without a share of this step has weight 0.
         """
-        if self.world == 1:
+        if self.size == 1:
             return weight
         grads = [p for p in model.parameters() if p.requires_grad]
         flat = torch.cat(
             [(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1).float() for p in grads]
             + [torch.ones(1, device=self.device)]
         )
-        flat = self.total(flat * weight)
+        flat = self.sum_(flat * weight)
         total = float(flat[-1])
         start = 0
         for p in grads:
@@ -56,11 +40,11 @@ class Ranks:
 
     def average_buffers(self, model: nn.Module) -> None:
         """Make the running statistics of all ranks alike: their mean."""
-        if self.world == 1:
+        if self.size == 1:
             return
         for buffer in model.buffers():
             if buffer.is_floating_point():
-                buffer.copy_(self.total(buffer / self.world))
+                buffer.copy_(self.sum_(buffer / self.size))
 
 
 @contextmanager
@@ -72,10 +56,10 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         raise ValueError("--device cuda: torch sees no GPU here")
     place = torch.device("cuda", local) if cuda else torch.device("cpu")
     if world == 1:
-        yield Ranks(0, 1, place)
+        yield Ranks(device=place)
         return
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
-        yield Ranks(dist.get_rank(), world, place)
+        yield Ranks(dist.get_rank(), world, device=place)
     finally:
         dist.destroy_process_group()

@@ -119,7 +119,7 @@ class RoutedSteps(CropSteps):
         """Measure the latency of both networks: the mean over the ranks, the same on all."""
         assert isinstance(model, Cascade)
         cost = model.measure(partial(seconds, repeats=3))
-        cost.copy_(self.ranks.total(cost / self.ranks.world))
+        cost.copy_(self.ranks.sum_(cost / self.ranks.size))
 
     def value(self, model: nn.Module, image: Tensor, target: Tensor) -> Tensor:
         """The expected loss of crops [2N, C, s, s], the last N as they are, of classes int64 [N, s, s]."""

@@ -67,12 +67,12 @@ class RoutedValidation:
         self.cascade.eval()
         confusion = torch.zeros(self.classes, self.classes, dtype=torch.float64, device=ranks.device)
         loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        for index in range(ranks.rank, len(self.scenes), ranks.world):
+        for index in range(ranks.rank, len(self.scenes), ranks.size):
             with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
                 counts, total = self._routed(index, ranks)
             confusion += torch.from_numpy(counts).to(confusion)
             loss += total
-        confusion, loss = ranks.total(confusion), ranks.total(loss)
+        confusion, loss = ranks.sum_(confusion), ranks.sum_(loss)
         pixels = max(1.0, float(confusion.sum()))
         return Score(confusion.cpu().numpy().astype(np.int64), float(loss) / pixels)
 

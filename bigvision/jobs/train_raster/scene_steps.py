@@ -58,7 +58,7 @@ class SceneSteps:
         self, scenes: Sequence[LabelledScene], options: TrainOptions, loss: Loss, ranks: Ranks
     ) -> None:
         self.scenes, self.options, self.loss, self.ranks = scenes, options, loss, ranks
-        self.per_epoch = options.steps_per_epoch or -(-len(scenes) // ranks.world)
+        self.per_epoch = options.steps_per_epoch or -(-len(scenes) // ranks.size)
         self._budget = Budget(rows=options.rows)
         self._streamed: dict[tuple[int, int, int], StreamedModel] = {}
 
@@ -97,7 +97,7 @@ class SceneSteps:
         """The scene of this rank; None where an epoch's last step has fewer scenes than ranks."""
         epoch, place = divmod(step, self.per_epoch)
         order = stream(Use.SCENE_ORDER, self.options.seed, epoch).permutation(len(self.scenes))
-        index = place * self.ranks.world + self.ranks.rank
+        index = place * self.ranks.size + self.ranks.rank
         if self.options.steps_per_epoch is not None:
             index %= len(order)
         return self.scenes[order[index]] if index < len(order) else None

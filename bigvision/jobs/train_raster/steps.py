@@ -57,7 +57,7 @@ class CropSteps:
         pixels = sum(height * width for height, width in self.sizes)
         once = -(-pixels // (options.crop**2 * options.batch))
         self.per_epoch = options.steps_per_epoch or once
-        self._places = range(ranks.rank, options.batch, ranks.world)
+        self._places = range(ranks.rank, options.batch, ranks.size)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="crops")
         self._ahead: dict[int, Future[tuple[NDArray[np.float32], NDArray[np.uint8]]]] = {}
 

@@ -80,7 +80,7 @@ class Validation:
     ) -> None:
         self.model, self.scenes, self.classes, self.ranks = model, scenes, classes, ranks
         self.dtype = getattr(torch, options.dtype)
-        self.own = scenes[ranks.rank :: ranks.world]
+        self.own = scenes[ranks.rank :: ranks.size]
         self._streamed: dict[tuple[int, int, int], StreamedModel] = {}
         self._tiles: Analysis | None = None
         try:
@@ -112,7 +112,7 @@ class Validation:
                 seen = target != IGNORE
                 pairs = target[seen] * self.classes + logits.argmax(0)[seen]
                 confusion += torch.bincount(pairs, minlength=self.classes**2).view_as(confusion)
-        confusion, loss = self.ranks.total(confusion), self.ranks.total(loss)
+        confusion, loss = self.ranks.sum_(confusion), self.ranks.sum_(loss)
         pixels = max(1.0, float(confusion.sum()))
         return Score(confusion.cpu().numpy().astype(np.int64), float(loss) / pixels)
 
