@@ -22,8 +22,8 @@ class RanksError(ValueError):
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong on one rank: the error's text and kind, whether that is a ValueError, and whether it lies
-    in the machine, so that the same run may well get further when it is started again.
+    """What went wrong on one rank: the error's text and kind, whether that is a ValueError, and whether it
+    lies in the machine, so that the same run may well get further when it is started again.
     """
 
     text: str
