@@ -19,7 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils import _pytree as pytree
 
 from bigvision.graph.outputs import main_output, tensors_alone
@@ -201,6 +205,9 @@ def _export(model: _Called, shape: tuple[int, int, int], name: str) -> torch.exp
             return _without_assertions(program)
         except UncarriedError as error:
             raise UntraceableError(f"{name} can't be traced: {error}") from error
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            message = f"{name} can't be traced at {tuple(shape)}: {error} goes by the image's values"
+            raise UntraceableError(message) from error
         except torch._dynamo.exc.UserError as error:
             raise UntraceableError(_first_sentence(error, name, shape)) from error
         except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:

@@ -31,6 +31,7 @@ from bigvision.streaming.losses import Sums as LossSums
 from bigvision.streaming.memory import freed_memory_kept
 from bigvision.streaming.plan import FIRST_USE
 from bigvision.streaming.program import Pass, Program
+from bigvision.streaming.rehearsal import require_differentiable
 from bigvision.streaming.row_store import GivenRows
 from bigvision.streaming.scan import StepResult
 from bigvision.streaming.schedule import schedule
@@ -130,20 +131,21 @@ def backward(
         budget: memory and scratch space.
 
     Raises:
-        ValueError: the network's output is not at the scene's resolution, the target's shape isn't the
-            scene's, or a label is unknown.
-        UnsupportedOperatorError: the network has a gradient of its own somewhere, which its graph has not.
+        ValueError: the network's output is not at the scene's resolution or has no gradient, the target's
+            shape isn't the scene's, or a label is unknown.
+        UnsupportedOperatorError: an operator has no derivative, or the network has a gradient of its own
+            somewhere, which its graph has not; the message names it.
         BudgetError: the budget can't hold the state and tape of a step.
         NonFiniteError: the loss or a gradient is not finite; the parameters' gradients are as they were.
     """
     budget = budget or Budget()
     size = _output_size(program, image)
+    active = active_nodes(program)
+    require_differentiable(program, active)
     plans = plan_backward(program, image.dtype, budget)
     schedules = tuple(schedule(walk, plan.rows) for walk, plan in zip(program.passes, plans, strict=True))
     rows = TargetRows(target, mask, size, image.device)
-    scene = Scene(
-        program, image, rows, loss, plans, schedules, budget.scratch, active_nodes(program), size or (0, 0)
-    )
+    scene = Scene(program, image, rows, loss, plans, schedules, budget.scratch, active, size or (0, 0))
     gradients, tally = Gradients(), _Tally()
     with freed_memory_kept():
         value, held = _walk_all(scene, tally, gradients)
@@ -203,13 +205,19 @@ def confusion(y: Tensor, truth: Tensor) -> Tensor | None:
 
 def _output_size(program: Program, image: ImageRows) -> tuple[int, int] | None:
     """The scene's size, None where the network gives one answer for the image."""
+    given, value = result_shape(program.output), program.output.meta["val"]
+    if not value.is_floating_point():
+        raise ValueError(f"the network's output is of type {value.dtype}, which has no gradient")
     if program.output not in program.stages:
+        if not given or given[0] != 1:
+            raise ValueError(f"the network's output is {given}; a loss over one answer needs [1] or [1, K]")
         return None
-    given = result_shape(program.output)
-    if given[-2:] != image.padded or len(given) != 4:
+    rows = program.stages[program.output].axis
+    if (given[:1], given[-2:], len(given), rows) != ((1,), image.padded, 4, -2):
         raise ValueError(
-            f"the network's output is {given} for an image of {image.padded[0]} x {image.padded[1]}; "
-            "a loss over pixels needs [1, K, H, W] at the image's own size: upsample inside the network"
+            f"the network's output is {given} with its rows on axis {rows % len(given)} for an image of "
+            f"{image.padded[0]} x {image.padded[1]}; a loss over pixels needs [1, K, H, W] at the image's "
+            "own size: upsample inside the network"
         )
     return image.shape[1:]
 

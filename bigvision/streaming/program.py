@@ -21,6 +21,7 @@ from bigvision.graph.layout import Flow
 from bigvision.graph.trace import TracedGraph, operator_name, result_shape
 from bigvision.streaming.into import Writer, writer_for
 from bigvision.streaming.kernels import Kernel, Span, Values, kernel_for, span_of
+from bigvision.streaming.rehearsal import rehearse
 from bigvision.streaming.statistics import NORMALISATIONS, Statistic, normalise, statistic_for
 
 
@@ -204,7 +205,8 @@ def compile_program(traced: TracedGraph) -> Program:
     """Lower a traced graph to stages.
 
     Raises:
-        UnsupportedOperatorError: an operator that no row rule covers, by name and module path.
+        UnsupportedOperatorError: an operator that no row rule covers, or that does not make the rows that it
+            should, by name and module path.
     """
     known = flows(traced)
     output = traced.output
@@ -222,7 +224,7 @@ def compile_program(traced: TracedGraph) -> Program:
         raise ValueError("the network's output does not depend on the image")
     held = tuple(n for n, f in known.items() if f.layout is None and n.op == "call_function")
     held = tuple(node for node in held if node not in statistics)
-    return Program(traced, stages, held, statistics, levels, output)
+    return rehearse(Program(traced, stages, held, statistics, levels, output))
 
 
 def _used(image: fx.Node, known: dict[fx.Node, Flow], output: fx.Node) -> bool:

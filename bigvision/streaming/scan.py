@@ -7,14 +7,16 @@ buffers are written in place, `tape.py` the one that is differentiated.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
 from bigvision.graph.trace import result_shape
 from bigvision.streaming.kernels import Span
-from bigvision.streaming.program import Stage
 from bigvision.streaming.statistics import Sums
+
+if TYPE_CHECKING:  # a program is rehearsed as it is compiled
+    from bigvision.streaming.program import Stage
 
 Lines = dict[fx.Node, Tensor]
 """The line buffers between two steps: of every stage the rows kept[t] .. made[t], where there are any."""

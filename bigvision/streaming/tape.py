@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from bigvision.graph.layout import refusal
 from bigvision.graph.trace import operator_name
 from bigvision.streaming.held import Held
 from bigvision.streaming.program import Pass, Program, Stage
@@ -151,6 +152,7 @@ class TapedWalk:
 
         Raises:
             NonFiniteError: a gradient is infinite or no number.
+            UnsupportedOperatorError: an operator has no derivative on this device.
         """
         tapes = self._forward(t, image, lines)
         rows: dict[fx.Node, LineGradient] = {}
@@ -267,7 +269,13 @@ class TapedWalk:
                     leaves[source, place, "rows"] = part
         held = {stage.node, *stage.node.all_input_nodes} - set(tape.inputs)
         leaves |= {key: leaf for key, leaf in self.held.leaves.items() if key[0] in held}
-        for key, gradient in differentiate(seeded, leaves).items():
+        try:
+            found = differentiate(seeded, leaves)
+        except RuntimeError as error:
+            if "is not implemented" not in str(error):
+                raise
+            raise refusal(stage.node, "it has no derivative") from error
+        for key, gradient in found.items():
             source, place = key[:2]
             if len(key) == 2:
                 self._require_finite(t, source, gradient)
