@@ -157,6 +157,18 @@ class DenseIdentities(_Relabelled):
         super().__init__(source, None, np.unique(labels[labels >= 0]))
 
 
+def listing_bytes(source: FaceSource) -> tuple[int, int]:
+    """Bytes of a source's list of images: mapped or held once for a machine, and held by each process."""
+    if isinstance(source, _Relabelled):
+        shared, each = listing_bytes(source.source)
+        own = [array.nbytes for array in (source._positions, source._identities) if array is not None]
+        return shared, each + sum(own)
+    index = getattr(source, "index", None)
+    if index is None:
+        return 0, 0
+    return (index.nbytes, 0) if index.path is not None else (0, index.nbytes)
+
+
 def check_labels(source: FaceSource, spec: str) -> str:
     """What there is to say of a source's labels, "" where they are 0, 1, ... without a gap.
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from datasets import face_index
 from datasets.face_images import DamagedRecordError, FaceSource
-from datasets.faces import FolderFaces, open_faces
+from datasets.faces import FolderFaces, IdentityRange, listing_bytes, open_faces
 from datasets.recordio import ImageRecord, RecordWriter, pack_image_record
 
 
@@ -112,6 +112,8 @@ def test_a_mapped_set_crosses_to_another_process_as_a_path(
 ) -> None:
     source = open_faces(make(tmp_path / "set"))
     assert len(pickle.dumps(source)) < 2000
+    assert listing_bytes(source) == (source.index.nbytes, 0)  # type: ignore[attr-defined]
+    assert listing_bytes(IdentityRange(source, 0, 1)) == (source.index.nbytes, 16)  # type: ignore[attr-defined]
 
 
 def test_changes_of_a_folder_are_followed(tmp_path: Path, keep_all: None) -> None:

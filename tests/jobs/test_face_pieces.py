@@ -92,6 +92,12 @@ def test_a_plan_counts_the_head() -> None:
     mapped = make_plan(replace(options, place="/scratch"), 10_000_000, 100_000_000, 2, 2)
     assert mapped.head == 0
     assert mapped.on_disk == 2 * made.head
+    listed = make_plan(options, 10_000_000, 100_000_000, 2, 2, (3 << 30, 1 << 20))
+    assert listed.listing == (3 << 30) + 2 * (1 + options.workers) * (1 << 20)
+    with pytest.raises(ValueError, match="2 ranks here need about"):
+        room = replace(options, memory=f"{2 * made.total + (2 << 30)}")
+        make_plan(room, 10_000_000, 100_000_000, 2, 2).check()
+        make_plan(room, 10_000_000, 100_000_000, 2, 2, (3 << 30, 0)).check()
     lean = make_plan(replace(options, head_optimizer="adagrad"), 10_000_000, 100_000_000, 2, 2)
     lean.check()
     assert "5,000" not in "".join(lean.lines())

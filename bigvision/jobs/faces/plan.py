@@ -33,6 +33,7 @@ class Plan:
     activations: int
     host: int  # centres and moments that live in host memory
     workers: int  # processes that decode
+    listing: int  # the list of images, once for all processes of a machine
     on_disk: int  # centres that live in a file
     gpu: bool  # whether the work is done on one, with memory of its own
     available: int  # where the work is done
@@ -59,16 +60,20 @@ class Plan:
     def check(self) -> None:
         """Raise ValueError, with what would help, where the ranks of this machine need more than there is."""
         if not self.gpu:
-            self._check("", self.total, self.available, "--place PATH")
+            self._check("", self.total, self.available, "--place PATH", self.listing)
             return
         place = "--place PATH" if self.host else "--place host, --place PATH"
         self._check(" of the GPU's memory", self.on_device, self.available, place)
         self._check(
-            " of host memory", self.on_host, self.available_host, "--workers below that, --place PATH"
+            " of host memory",
+            self.on_host,
+            self.available_host,
+            "--workers below that, --place PATH",
+            self.listing,
         )
 
-    def _check(self, what: str, each: int, available: int, place: str) -> None:
-        needed = each * self.ranks_here
+    def _check(self, what: str, each: int, available: int, place: str, shared: int = 0) -> None:
+        needed = each * self.ranks_here + shared
         if needed > available:
             raise ValueError(
                 f"{self.ranks_here} ranks here need about {size_text(needed)}{what} and "
@@ -93,6 +98,7 @@ class Plan:
             yield from self._table("host memory", host, self.on_host, self.available_host)
         else:
             yield from self._table("memory", device | host, self.total, self.available)
+        yield f"  {'list of images, shared':30} {size_text(self.listing):>10}"
         if self.on_disk:
             yield f"  {'centres in a file':30} {size_text(self.on_disk):>10}"
 
@@ -102,8 +108,18 @@ class Plan:
             yield f"  {name:30} {size_text(count):>10}"
 
 
-def make_plan(options: TrainOptions, classes: int, images: int, world_size: int, ranks_here: int) -> Plan:
-    """Plan a run. Raises ValueError for fewer than two classes, or fewer classes than ranks."""
+def make_plan(
+    options: TrainOptions,
+    classes: int,
+    images: int,
+    world_size: int,
+    ranks_here: int,
+    listing: tuple[int, int] = (0, 0),
+) -> Plan:
+    """Plan a run over a set whose list of images takes `listing` bytes: shared, and of each process.
+
+    Raises ValueError for fewer than two classes, or fewer classes than ranks.
+    """
     if classes < 2:
         raise ValueError(f"a margin softmax needs at least two identities; the data has {classes}")
     if classes < world_size:
@@ -131,6 +147,7 @@ def make_plan(options: TrainOptions, classes: int, images: int, world_size: int,
         activations=activations,
         host=memory.host,
         workers=options.workers * WORKER,
+        listing=listing[0] + ranks_here * (1 + options.workers) * listing[1],
         on_disk=memory.disk,
         gpu=on_gpu(options),
         available=available_memory(options),

@@ -8,7 +8,7 @@ from bigvision.jobs.faces.plan import Plan, make_plan
 from datasets.face_batches import FEWEST, TrainingBatches
 from datasets.face_images import FaceSource
 from datasets.face_index import left_out_text
-from datasets.faces import check_labels, open_faces
+from datasets.faces import check_labels, listing_bytes, open_faces
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def prepare(options: TrainOptions, rank: int, ranks: int, ranks_here: int) -> Pr
     evaluations = {spec: open_evaluation(spec, options.image_size) for spec in options.evaluate}
     for spec, pairs in evaluations.items():
         check_verifiable(pairs, spec)
-    plan = make_plan(options, classes, len(source), ranks, ranks_here)
+    plan = make_plan(options, classes, len(source), ranks, ranks_here, listing_bytes(source))
     return Prepared(source, batches, evaluations, plan, [text for text in (gaps, left_out[2:]) if text])
 
 
