@@ -51,12 +51,14 @@ def _interpolated(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
 @rule(adaptive_avg_pool2d="self output_size", _adaptive_avg_pool2d="self output_size")
 def _adaptive_average(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     before, after = result_shape(args["self"])[-2:], result_shape(node)[-2:]
+    layout = nchw(node, source)
     if before[0] > WIDEST_STREAMED_BIN * after[0] or (before != after and after[0] == 1):
         return Flow(None, statistic=True)
     rows, cols = (axes.taps(area_taps(before[a], after[a]).index, before[a]) for a in (0, 1))
-    return Flow(nchw(node, source), rows, cols)
+    return Flow(layout, rows, cols)
 
 
 @rule(adaptive_max_pool2d="self output_size")
 def _adaptive_maximum(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
+    nchw(node, source)
     return Flow(None, statistic=True)

@@ -55,14 +55,14 @@ def _pool(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     before, after = result_shape(args["self"]), result_shape(node)
     kernel, padding = pair(args["kernel_size"]), pair(args["padding"])
     stride = pair(args["stride"] or kernel)
-    dilation = pair(args.get("dilation", 1))
+    dilation, layout = pair(args.get("dilation", 1)), nchw(node, source)
     if kernel == before[-2:] and padding == (0, 0) and after[-2:] == (1, 1):
         return Flow(None, statistic=True)
     rows, cols = (
         axes.window(before[a - 2], after[a - 2], kernel[a], stride[a], dilation[a], padding[a])
         for a in (0, 1)
     )
-    return Flow(nchw(node, source), rows, cols)
+    return Flow(layout, rows, cols)
 
 
 @rule(
