@@ -175,7 +175,9 @@ def _write_draft(raster: Raster, draft: Path, plan: _Plan, progress: Callable[[f
     options: dict[str, Any] = {"compress": "deflate", "zlevel": 1, "num_threads": plan.threads}
     options |= {"bigtiff": "IF_SAFER", "interleave": "band" if bands > 4 else "pixel"}
     # Four uint8 bands would pass for colours with alpha, and near infrared for transparency.
-    options |= {"photometric": "RGB" if bands == 3 and plan.dtype == "uint8" else "MINISBLACK", "alpha": "NO"}
+    colors = [band.color for band in raster.profile.metadata.bands] or ["red", "green", "blue"]
+    rgb = colors == ["red", "green", "blue"] and bands == 3 and plan.dtype == "uint8"
+    options |= {"photometric": "RGB" if rgb else "MINISBLACK", "alpha": "NO"}
     with (
         rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
         rasterio.open(

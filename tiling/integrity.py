@@ -6,15 +6,14 @@ from pathlib import Path
 from rasterio.enums import Interleaving
 from rasterio.io import DatasetReader
 
+from tiling.directories import check_directories
 from tiling.errors import RasterError
 
 
 def check_ends(path: str, dataset: DatasetReader) -> None:
-    """RasterError where the first or last block of a TIFF lies beyond its end: a file cut off."""
-    if dataset.driver != "GTiff" or not Path(path).is_file():
-        return
-    across, down = _blocks(dataset)
-    _check(path, dataset, dataset.count, {(0, 0), (across - 1, down - 1)}, sparse=True)
+    """RasterError where anything that a TIFF names lies beyond its end: a file cut off."""
+    if dataset.driver == "GTiff" and Path(path).is_file():
+        check_directories(path)
 
 
 def check_all(path: str, dataset: DatasetReader) -> None:
@@ -22,7 +21,7 @@ def check_all(path: str, dataset: DatasetReader) -> None:
     across, down = _blocks(dataset)
     together = dataset.interleaving == Interleaving.pixel
     for band in range(1, 2 if together else dataset.count + 1):
-        _check(path, dataset, band, ((x, y) for y in range(down) for x in range(across)), sparse=False)
+        _check(path, dataset, band, ((x, y) for y in range(down) for x in range(across)))
 
 
 def _blocks(dataset: DatasetReader) -> tuple[int, int]:
@@ -30,9 +29,7 @@ def _blocks(dataset: DatasetReader) -> tuple[int, int]:
     return -(-dataset.width // columns), -(-dataset.height // rows)
 
 
-def _check(
-    path: str, dataset: DatasetReader, band: int, blocks: Iterable[tuple[int, int]], *, sparse: bool
-) -> None:
+def _check(path: str, dataset: DatasetReader, band: int, blocks: Iterable[tuple[int, int]]) -> None:
     length = Path(dataset.name).stat().st_size
     for x, y in blocks:
         offset = int(dataset.get_tag_item(f"BLOCK_OFFSET_{x}_{y}", "TIFF", bidx=band) or 0)
@@ -41,5 +38,5 @@ def _check(
             raise RasterError(
                 f"{path}: truncated: block ({x}, {y}) ends at byte {offset + size}, the file at {length}"
             )
-        if not sparse and not (offset and size):
+        if not (offset and size):
             raise RasterError(f"{path}: block ({x}, {y}) was not written")

@@ -94,6 +94,10 @@ class ZarrHandle:
             self.array, attributes, self.mask = _open(source.path, source.level)
             self.flat = self.array.ndim == 2
             self.profile = _profile(source.path, self.array, attributes)
+            if self.mask is not None and self.mask.shape not in (self.profile.shape, self.profile.shape[1:]):
+                raise RasterError(
+                    f"{source.path}: a mask of {self.mask.shape} for pixels of {self.profile.shape}"
+                )
 
     def close(self) -> None:
         """Zarr keeps no file open."""

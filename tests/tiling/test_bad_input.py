@@ -41,7 +41,7 @@ def test_a_truncated_tiff_is_told_on_opening(write_tif, noise, layout: dict) -> 
     path = write_tif(noise(3, 300, 300), **layout)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * 2 // 3])
-    with pytest.raises(RasterError, match=r"scene\.tif: (truncated: block|not a raster)"):
+    with pytest.raises(RasterError, match=r"scene\.tif: (truncated: |not a raster)"):
         open_raster(path)
 
 

@@ -55,6 +55,29 @@ def test_damage_is_named_or_does_no_harm(tmp_path, part: int) -> None:
     assert refused > 5
 
 
+@pytest.mark.parametrize("name", ["tiles", "strips"])
+def test_a_file_cut_anywhere_is_refused(tmp_path, name: str) -> None:
+    """Also where only a mask's directory or a band's texts are gone: GDAL would read on without them."""
+    sound = sound_rasters(tmp_path)[name]
+    content = sound.read_bytes()
+    cut = tmp_path / "cut.tif"
+    for length in {*range(0, len(content), len(content) // 40), *range(len(content) - 60, len(content), 7)}:
+        cut.write_bytes(content[:length])
+        with pytest.raises(RasterError, match=r"cut\.tif: (truncated: |not a raster|an empty file)"):
+            open_raster(cut)
+    cut.write_bytes(content)
+    assert np.array_equal(open_raster(cut).read(), open_raster(sound).read())
+
+
+def test_big_tiffs_and_either_byte_order_are_looked_through(write_tif, noise, tmp_path) -> None:
+    for options in ({"bigtiff": "yes"}, {"endianness": "big"}, {"bigtiff": "yes", "endianness": "big"}):
+        path = write_tif(noise(2, dtype="uint16"), **options)
+        assert np.array_equal(open_raster(path).read(), noise(2, dtype="uint16"))
+        path.write_bytes(path.read_bytes()[:-40])
+        with pytest.raises(RasterError, match=r"scene\.tif: truncated: "):
+            open_raster(path)
+
+
 @pytest.mark.parametrize("metadata", [{}, {"zarr_format": 3}, [], None, {"node_type": "array"}, "no json"])
 def test_every_function_of_a_store_names_it(tmp_path, metadata: object) -> None:
     store = tmp_path / "broken.zarr"

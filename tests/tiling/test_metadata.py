@@ -98,7 +98,7 @@ def told(path: Path | str) -> dict[str, object]:
         }
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", [*range(14), 127])  # 127: three bytes that are no red, green and blue
 def test_copies_tell_what_a_copy_by_gdal_tells(tmp_path, seed: int) -> None:
     scene = random_file(seed, tmp_path / "scene.tif")
     rasterio.shutil.copy(scene, tmp_path / "gdal.tif", driver="COG")
