@@ -76,6 +76,12 @@ class Computation:
         """Of the result."""
         return _pixels(self.units)
 
+    @property
+    def copied_pixels(self) -> int:
+        """Of the result, taken from an earlier one."""
+        copied = self.ledger.copied()
+        return _pixels([unit for unit in self.units if unit.index in copied])
+
     @cached_property
     def _worth(self) -> float:
         """Of a pixel in one pass."""

@@ -14,13 +14,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rasterio.windows import Window
+from rasterio.windows import Window, intersection
 from torch import Tensor
 from torch.nn.functional import pad
 
 from bigvision.jobs.process.network import Network
 from datasets.pairs import Pixels
-from tiling import Tile
+from tiling import Tile, TileGrid
 
 Padded = tuple[NDArray[np.float32], NDArray[np.bool_]]
 
@@ -96,3 +96,32 @@ def to_strides(pixels: NDArray[np.float32], stride: int) -> Tensor:
     image = torch.from_numpy(pixels)
     below, beside = (-side % stride for side in image.shape[1:])
     return pad(image, (0, beside, 0, below)) if below or beside else image
+
+
+@dataclass(frozen=True)
+class FinerTilesEngine:
+    """Tiles of a run that was begun with more memory: each is computed in smaller ones, read by turns.
+
+    size: (H, W) of the scene. side: of the smaller cores. halo, stride: as the run was planned.
+    """
+
+    size: tuple[int, int]
+    side: int
+    halo: int
+    stride: int
+    at_once: int = 1
+
+    def read(self, scene: View, unit: Tile) -> View:
+        """The scene itself."""
+        return scene
+
+    def below(self, unit: Tile, rows: int) -> Tile:
+        """The unit itself: a tile is stored whole."""
+        return unit
+
+    def pieces(self, network: Network, unit: Tile, read: View) -> Iterator[Piece]:
+        """A piece for each smaller tile that has data."""
+        engine = TilesEngine(self.stride)
+        for tile in TileGrid(*self.size, self.side, self.halo, self.stride).overlapping(unit.core):
+            part = Tile(tile.index, intersection(tile.core, unit.core), tile.padded)
+            yield from engine.pieces(network, part, engine.read(read, part))

@@ -5,7 +5,7 @@ Legend: C bands, B bands written, H and W rows and columns of the scene; core an
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from rasterio.windows import Window
 from torch import nn
 
 from bigvision.graph.geometry import padded_size
-from bigvision.jobs.process.engine import Engine, TilesEngine
+from bigvision.jobs.process.engine import Engine, FinerTilesEngine, TilesEngine
 from bigvision.jobs.process.geometry import Analysis
 from bigvision.jobs.process.options import Options
 from bigvision.jobs.process.phases import PhasedEngine, PhaseStore
@@ -29,7 +29,7 @@ from tiling.memory import CACHE_BYTES
 
 _STRIP_BYTES = 32 * 2**20  # of a streamed result that is stored at once
 _BAND = 8192  # rows of a streamed band: what a kill can cost against what its halo costs
-_CORES = (4096, 3584, 3072, 2560, 2048, 1536, 1024, 768, 512, 384, 256, 128, 64, 32)
+CORES = (4096, 3584, 3072, 2560, 2048, 1536, 1024, 768, 512, 384, 256, 128, 64, 32)
 # Resident in a process that has loaded torch (its CUDA build alone 650 MiB) and a network. A constant, not a
 # measurement, so that one command always cuts alike.
 PROCESS_BYTES = 1000 * 2**20
@@ -48,7 +48,8 @@ class Plan:
     compared). predicted_bytes: peak of all `processes` that compute. step: rows of the scene that a streamed
     band advances by. phases: passes that take statistics over the scene, band by band, before the output is
     computed; None where a band needs nothing but itself and its halo. scratch: bytes of values that passes
-    keep beside the result for later ones.
+    keep beside the result for later ones. inner: side of the smaller cores that a tile is computed in where
+    the run goes on with less memory than it was cut for; 0: it is computed whole.
     """
 
     engine: str
@@ -63,6 +64,7 @@ class Plan:
     step: int = 0
     phases: int | None = None
     scratch: int = 0
+    inner: int = 0
 
     def units(self, shape: tuple[int, int, int], frame: Window, writer: ZarrWriter) -> list[Tile]:
         """What is computed of a frame of a scene [C, H, W]: squares, or bands of rows as wide as the frame.
@@ -90,10 +92,11 @@ class Plan:
         rows = min(_strip_rows(shape[2], kind), self.tile)
         return rows, shape[2], rows
 
-    def runs(self, sums: PhaseStore, rows: Path) -> Engine:
-        """The engine as planned; its passes keep statistics in `sums` and values in the folder `rows`."""
+    def runs(self, sums: PhaseStore, rows: Path, size: tuple[int, int]) -> Engine:
+        """The engine as planned for a scene of `size` (H, W); its passes keep statistics and values there."""
         if self.engine == "tiles":
-            return TilesEngine(self.stride)
+            finer = FinerTilesEngine(size, self.inner, self.halo, self.stride)
+            return finer if self.inner else TilesEngine(self.stride)
         if self.phases is None:
             return StreamEngine(self.step, self.stride, self.halo)
         scratch = Scratch(rows, self.scratch) if self.scratch else None
@@ -114,12 +117,23 @@ class Plan:
             return f"{bands} with a halo of {self.halo} px"
         if not self.phases:
             return bands
-        kept = f", {_gib(self.scratch)} kept between them" if self.scratch else ""
+        kept = f", {gib(self.scratch)} kept between them" if self.scratch else ""
         return f"{bands}, {1 + self.phases} passes for the scene's statistics{kept}"
 
     def record(self) -> dict[str, Any]:
-        """For JSON; `Plan(**record)` is the way back."""
+        """For JSON; `plan_of` is the way back."""
         return asdict(self)
+
+
+def plan_of(record: Any) -> Plan:
+    """What `Plan.record` gave; ValueError where it is something else."""
+    kinds = get_type_hints(Plan)
+    if not isinstance(record, dict) or set(record) != set(kinds):
+        raise ValueError("the plan has other entries than this version writes")
+    for name, value in record.items():
+        if isinstance(value, bool) or not isinstance(value, kinds[name]):
+            raise ValueError(f"the plan's {name} can't be {value!r}")
+    return Plan(**record)
 
 
 def _strip_rows(width: int, kind: ResultKind) -> int:
@@ -155,11 +169,11 @@ def plan_scene(
     frame = frame or Window(0, 0, shape[2], shape[1])
     tiled = options.tile or options.halo is not None or analysis.source != "graph"
     if options.engine == "stream" or (options.engine == "auto" and not tiled):
-        return _plan_stream(shape, kind, analysis, options, precision, model, disk, frame)
+        return plan_stream(shape, kind, analysis, options, precision, model, disk, frame)
     return _plan_tiles(shape, kind, analysis, options, precision, frame)
 
 
-def _plan_stream(
+def plan_stream(
     shape: tuple[int, int, int],
     kind: ResultKind,
     analysis: Analysis,
@@ -169,6 +183,7 @@ def _plan_stream(
     disk: int,
     frame: Window,
 ) -> Plan:
+    """The cut of a scene into streamed bands; arguments and errors as of `plan_scene`."""
     if analysis.source != "graph":
         raise ValueError("--engine stream needs a network that can be traced; --engine tiles does not")
     whole = padded_size(frame.height, frame.width, analysis.stride)[0]
@@ -177,11 +192,13 @@ def _plan_stream(
     halo = 0 if analysis.inexact else analysis.halo
     band = options.tile or min(_BAND, -(-whole // processes))
     band = min(-(-band // analysis.stride) * analysis.stride, whole)
-    each = (options.memory_bytes - _coordinator(options)) // processes
+    each = (options.memory_bytes - coordinator_bytes(options)) // processes
     # A strip is made, written and compressed at once; a step's logits stand there as computed and in float32.
     strips = 4 * _strip_rows(frame.width, kind) * frame.width * _pixel_bytes(kind)
     strips += 8 * PIXELS_A_STEP * kind.channels
-    fixed = _base(options) + CACHE_BYTES + 2 * analysis.parameter_bytes + strips + shape[1] * shape[2] // 8
+    fixed = (
+        base_bytes(options) + CACHE_BYTES + 2 * analysis.parameter_bytes + strips + shape[1] * shape[2] // 8
+    )
     tall = padded_size(shape[1], shape[2], analysis.stride)[0]
     tall = tall if analysis.inexact else min(tall, band + 2 * halo)
     wide = shape[2] if analysis.inexact else padded_window(frame, shape[1:], halo, analysis.stride).width
@@ -193,8 +210,8 @@ def _plan_stream(
             break
     else:
         raise ValueError(
-            f"streaming {wide} columns takes at least {_gib(needed)} for each process, --memory allows "
-            f"{_gib(each)}"
+            f"streaming {wide} columns takes at least {gib(needed)} for each process, --memory allows "
+            f"{gib(each)}"
         )
     return Plan(
         engine="stream",
@@ -204,7 +221,7 @@ def _plan_stream(
         exactness="exact",
         dtype=precision.dtype,
         agreement=precision.agreement,
-        predicted_bytes=needed * processes + _coordinator(options),
+        predicted_bytes=needed * processes + coordinator_bytes(options),
         processes=processes,
         step=rows,
         phases=len(program.passes) - 1 if analysis.inexact else None,
@@ -221,8 +238,8 @@ def _plan_tiles(
     frame: Window,
 ) -> Plan:
     processes = options.workers or 1
-    each = (options.memory_bytes - _coordinator(options)) // processes
-    forecast = _Forecast(shape, kind, analysis, precision.dtype, _base(options))
+    each = (options.memory_bytes - coordinator_bytes(options)) // processes
+    forecast = TilesForecast(shape, kind, analysis, precision.dtype, base_bytes(options))
     halo, exactness = _halo(analysis, options)
     # A halo or core as large as the scene is the whole scene, however large it was asked for.
     whole = max(padded_size(shape[1], shape[2], analysis.stride))
@@ -233,17 +250,17 @@ def _plan_tiles(
         if forecast(tile, halo) > each:
             raise ValueError(
                 f"tiles can't equal the whole image: {'; '.join(analysis.inexact)}. Run whole, the scene "
-                f"takes {_gib(forecast(tile, halo))}, --memory allows {_gib(each)}; "
+                f"takes {gib(forecast(tile, halo))}, --memory allows {gib(each)}; "
                 "--halo N accepts an approximation"
             )
     else:
         tile = min(options.tile or 0, whole)
         tile = tile or _best_core(frame, analysis.stride, halo, each, forecast, processes)
-    predicted = forecast(tile, halo) * processes + _coordinator(options)
+    predicted = forecast(tile, halo) * processes + coordinator_bytes(options)
     if predicted > options.memory_bytes:
         raise ValueError(
-            f"a tile of {tile} px with a halo of {halo} px takes about {_gib(predicted)} in {processes} "
-            f"process(es), --memory allows {_gib(options.memory_bytes)}"
+            f"a tile of {tile} px with a halo of {halo} px takes about {gib(predicted)} in {processes} "
+            f"process(es), --memory allows {gib(options.memory_bytes)}"
         )
     return Plan(
         engine="tiles",
@@ -258,7 +275,7 @@ def _plan_tiles(
     )
 
 
-class _Forecast:
+class TilesForecast:
     """Peak bytes of one process by tile and halo."""
 
     def __init__(
@@ -273,10 +290,16 @@ class _Forecast:
         self.core = 2 * kind.channels * 4 + TilesEngine.at_once * 2 * written
 
     def __call__(self, tile: int, halo: int) -> int:
+        """Of tiles that are computed whole."""
         sides = padded_size(self.shape[1], self.shape[2], self.stride)
         padded = [min(side, tile + 2 * halo + 2 * (self.stride - 1)) for side in sides]
         core = [min(side, tile) for side in sides]
         return int(self.fixed + padded[0] * padded[1] * self.padded + core[0] * core[1] * self.core)
+
+    def within(self, tile: int, inner: int, halo: int) -> int:
+        """The same where a tile is computed in smaller ones, and its pixels wait for the last of them."""
+        side = min(tile, max(self.shape[1:]))
+        return self(inner, halo) + side * side * self.core
 
 
 def _halo(analysis: Analysis, options: Options) -> tuple[int, str]:
@@ -292,14 +315,14 @@ def _halo(analysis: Analysis, options: Options) -> tuple[int, str]:
 
 
 def _best_core(
-    frame: Window, stride: int, halo: int, budget: int, forecast: _Forecast, processes: int
+    frame: Window, stride: int, halo: int, budget: int, forecast: TilesForecast, processes: int
 ) -> int:
     """The core with which the work is done first among those that fit; of equals the smallest."""
-    fitting = [core for core in _CORES if forecast(core, halo) <= budget]
+    fitting = [core for core in CORES if forecast(core, halo) <= budget]
     if not fitting:
         raise ValueError(
-            f"the smallest tile takes about {_gib(forecast(_CORES[-1], halo))} for each process "
-            f"(halo {halo} px), --memory allows {_gib(budget)}"
+            f"the smallest tile takes about {gib(forecast(CORES[-1], halo))} for each process "
+            f"(halo {halo} px), --memory allows {gib(budget)}"
         )
 
     def computed(core: int) -> float:
@@ -310,13 +333,13 @@ def _best_core(
     return min(sorted(fitting), key=computed)
 
 
-def _base(options: Options) -> int:
+def base_bytes(options: Options) -> int:
     """Bytes of a process that computes, before it does."""
     process = PROCESS_BYTES if options.workers is None else _WORKER
     return process + _COMPILER if options.compile else process
 
 
-def _coordinator(options: Options) -> int:
+def coordinator_bytes(options: Options) -> int:
     """Bytes of the process that hands out work to others, where there is one."""
     return PROCESS_BYTES if options.workers is not None else 0
 
@@ -327,5 +350,6 @@ def _chunk(tile: int) -> int:
     return divisors[0] if divisors[0] >= 128 or tile <= 512 else tile
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """`1.50 GiB`, `20.0 MiB`."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"

@@ -24,6 +24,7 @@ from bigvision.jobs.process.scene import Scene, open_scene
 from bigvision.jobs.process.strips import row_windows
 from bigvision.routing.grids import GridError, check_same_grid, resampled, under
 from tiling import Raster, RasterError, open_raster
+from tiling.shards import settle
 
 _ALIKE = ("BIGVISION_VERSION", "BIGVISION_MODEL_SHA256", "BIGVISION_OPTIONS")
 _SIDE = 1024  # of the windows that are compared at once
@@ -165,7 +166,7 @@ def copy_unchanged(previous: Previous, work: Computation) -> None:
         if plan.phases is not None or previous.same(scene, unit.padded):
             for strip in row_windows(unit.core, writer.shard[0]):
                 writer.write(previous.pixels(scene, strip), scene.framed(strip))
-            work.ledger.mark(unit.index)
+            work.ledger.mark(unit.index, settle(writer, scene.framed(unit.core)), copied=True)
 
 
 def _parts(window: Window) -> Iterator[Window]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rasterio.windows import Window
 
 from tiling import ZarrWriter
+from tiling.shards import Stamp, settle
 
 _SIDE = 512  # pixels of a file's side, at least
 
@@ -46,11 +47,17 @@ class RegionStore:
                 into = _part(self._file(row, col), top - file.row_off, left - file.col_off, height, width)
                 into[:] = _part(result, top - window.row_off, left - window.col_off, height, width)
 
-    def flush(self) -> None:
-        """Write what waits. Killed meanwhile, some files have it and some don't, each of them whole."""
+    def flush(self) -> dict[str, Stamp]:
+        """Write what waits, onto the disk; the stamps of the files written.
+
+        Killed meanwhile, some files have it and some don't, each of them whole.
+        """
+        stamps: dict[str, Stamp] = {}
         for at in sorted(self._waiting):
             self.writer.write(self._waiting[at], self._window(*at))
+            stamps |= settle(self.writer, self._window(*at))
         self._waiting.clear()
+        return stamps
 
     def _file(self, row: int, col: int) -> NDArray[Any]:
         if (row, col) not in self._waiting:

@@ -3,15 +3,20 @@
 Legend: R, S rows and columns of regions.
 """
 
+import json
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bigvision.routing.boxes import Box
 from bigvision.routing.record import RouteRecord, load_record
 from tiling import Raster, RasterError, ZarrWriter, open_raster
+from tiling.publish import publish
+from tiling.shards import Stamp, forget, lost, settle
 
 NOTHING, UNSURE = -2, -3  # nothing of a region is stored yet; it is being overwritten
 ROUTE_TAG = "BIGVISION_ROUTE_SHA256"  # in a result: which record tells where its regions went
@@ -24,29 +29,53 @@ class RouteState:
     Attributes:
         stored: int16 [R, S], an expert, -1 where there is no data, NOTHING or UNSURE.
         score: float32 [R, S]; data: bool [R, S].
+        stamps: of the files of pixels.
     """
 
     def __init__(self, folder: Path, grid: tuple[int, int]) -> None:
         self.file = folder / "regions.npz"
         self.stored = np.full(grid, NOTHING, np.int16)
         self.score, self.data = np.zeros(grid, np.float32), np.zeros(grid, bool)
+        self.stamps: dict[str, Stamp] = {}
+
+    def reset(self) -> None:
+        """Nothing is stored."""
+        self.stored[:], self.score[:], self.data[:], self.stamps = NOTHING, 0, False, {}
 
     def load(self) -> bool:
         """Whether an earlier run of the same grid left a state."""
         try:
             with np.load(self.file) as found:
-                if found["stored"].shape != self.stored.shape:
-                    return False
-                self.stored, self.score, self.data = found["stored"], found["score"], found["data"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+                arrays = [found[name].astype(own.dtype) for name, own in self._arrays().items()]
+                stamps = dict(json.loads(str(found["stamps"])))
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
             return False
+        if any(array.shape != self.stored.shape for array in arrays):
+            return False
+        self.stored, self.score, self.data = arrays
+        self.stamps = {name: None if one is None else (one[0], one[1]) for name, one in stamps.items()}
         return True
+
+    def check(self, writer: ZarrWriter, region: int) -> None:
+        """Forget the regions, of `region` pixels a side, whose pixels are no longer what was stored."""
+        gone = set(lost(writer.staging, self.stamps))
+        tall, wide = (-(-side // region) for side in writer.shard)
+        for name in gone:
+            row, column = map(int, name.split("/")[-2:])
+            self.stored[row * tall : (row + 1) * tall, column * wide : (column + 1) * wide] = NOTHING
+        forget(writer.staging, {*self.stamps} - gone)
+        self.stamps = {name: one for name, one in self.stamps.items() if name not in gone}
+        self.save()
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        return {"stored": self.stored, "score": self.score, "data": self.data}
 
     def save(self) -> None:
         """Appears whole or not at all."""
         beside = self.file.with_suffix(".partial.npz")
-        np.savez(beside, stored=self.stored, score=self.score, data=self.data)
-        beside.replace(self.file)
+        stamps = np.array(json.dumps(self.stamps))
+        np.savez(beside, stored=self.stored, score=self.score, data=self.data, stamps=stamps)
+        publish(beside, self.file)
 
     def mark(self, cells: Iterable[Box], what: int) -> None:
         """Note what is stored of boxes of regions, for good."""
@@ -82,7 +111,10 @@ def earlier_route(target: Path, base: str) -> tuple[RouteRecord, Raster] | None:
     return (record, result) if known else None
 
 
-def copy_pixels(result: Raster, writer: ZarrWriter) -> None:
-    """All pixels of a finished result into a store."""
+def copy_pixels(result: Raster, writer: ZarrWriter) -> dict[str, Stamp]:
+    """All pixels of a finished result into a store; the stamps of its files."""
+    stamps: dict[str, Stamp] = {}
     for tile in writer.grid(_BLOCK):
         writer.write(result.read(tile.core), tile.core)
+        stamps |= settle(writer, tile.core)
+    return stamps

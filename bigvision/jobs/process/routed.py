@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -210,7 +211,7 @@ class _Job:
                 continue
             begun = time.perf_counter()
             block = self.router.score(box, self._emit)
-            self.store.flush()
+            self.state.stamps |= self.store.flush()
             self._count(CHEAP, self.router.rectangles(block.data, CHEAP, box), begun)
             self.state.score[part], self.state.data[part] = block.score, block.data
             self.state.stored[part] = np.where(block.data, CHEAP, -1)
@@ -227,7 +228,7 @@ class _Job:
                 self.state.mark(cells, UNSURE)  # killed now, a region may show either network
                 for rectangle in batch:
                     self.router.compute(expert, rectangle, self._emit)
-                self.store.flush()
+                self.state.stamps |= self.store.flush()
                 self._count(expert, batch, begun)
                 self.state.mark(cells, expert)
 
@@ -281,9 +282,14 @@ def _open(
 
     A new one begins with the pixels of a finished result of theirs, if there is one.
     """
-    found = ledger.read()
+    found, _ = ledger.read()
     if found is not None and found.get("base") == base and state.load():
-        return resume_zarr(target, ledger.pixels, overwrite=options.overwrite)
+        with suppress(ValueError, OSError, LookupError, TypeError):  # damaged: made anew
+            writer = resume_zarr(target, ledger.pixels, overwrite=options.overwrite)
+            if writer.shape == (kind.bands, *scene.written.shape[1:]) and writer.dtype == kind.dtype:
+                state.check(writer, route.region)
+                return writer
+        state.reset()
     ledger.clear()
     _, height, width = scene.written.shape
     writer = create_zarr(
@@ -304,7 +310,7 @@ def _open(
     earlier = earlier_route(target, base)
     if earlier is not None:
         record, result = earlier
-        copy_pixels(result, writer)
+        state.stamps = copy_pixels(result, writer)
         state.take(record)
     state.save()
     ledger.begin({"base": base, "fingerprint": ""})

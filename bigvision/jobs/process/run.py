@@ -1,23 +1,21 @@
 """One scene from its file to its result, going on from whatever an interrupted run left."""
 
 import os
-import shutil
 import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bigvision.jobs.process.beginning import begin
 from bigvision.jobs.process.cluster import threads_each
 from bigvision.jobs.process.computing import Computation, Interrupted
 from bigvision.jobs.process.finishing import finish
-from bigvision.jobs.process.geometry import analyse
-from bigvision.jobs.process.ledger import Ledger, open_ledger
+from bigvision.jobs.process.ledger import Ledger, open_ledger, remove_left
 from bigvision.jobs.process.network import NetworkSpec, load_network, network_for, network_spec
 from bigvision.jobs.process.options import Options
 from bigvision.jobs.process.places import check_places, fingerprint_at, is_ours
-from bigvision.jobs.process.planning import Plan, plan_scene
-from bigvision.jobs.process.precision import choose_precision
+from bigvision.jobs.process.planning import Plan
 from bigvision.jobs.process.previous import Previous, Reuse, copy_unchanged, open_previous, reuse_of
 from bigvision.jobs.process.provenance import Provenance, provenance
 from bigvision.jobs.process.results import ResultKind
@@ -25,7 +23,7 @@ from bigvision.jobs.process.routed import run_routed
 from bigvision.jobs.process.scene import Scene, open_scene
 from bigvision.jobs.process.units import Work
 from bigvision.streaming.memory import freed_memory_kept
-from tiling import ZarrWriter, create_zarr, gdal_cache, resume_zarr
+from tiling import ZarrWriter, gdal_cache
 from tiling.addresses import without_secrets
 
 if TYPE_CHECKING:
@@ -51,6 +49,10 @@ class Outcome:
     peak_bytes: int = 0
     plan: Plan | None = None
     routed: str = ""
+
+    def warned(self, told: str) -> "Outcome":
+        """With one more warning, if there is one."""
+        return replace(self, warning="; ".join(filter(None, (self.warning, told))))
 
 
 class Watcher:
@@ -96,6 +98,7 @@ def run_scene(
         pixels=pixels,
     )
     if os.path.lexists(target) and is_ours(target, origin, options):
+        remove_left(target)
         return replace(outcome, status="already done", seconds=time.perf_counter() - begun)
     ready = partial(_check_ready, target, scene, origin, paths)
     with open_ledger(target) as ledger, gdal_cache(), freed_memory_kept():
@@ -105,18 +108,21 @@ def run_scene(
             seconds = time.perf_counter() - begun
             return replace(outcome, computed=routed.computed, seconds=seconds, routed=routed.summary)
         previous = _previous(target, paths, scene, spec, options, origin, reuse)
-        plan, writer = _begin(ledger, target, scene, spec, options, origin)
+        beginning = begin(ledger, target, scene, spec, options, origin)
+        plan, writer = beginning.plan, beginning.writer
+        outcome = outcome.warned(beginning.told)
         computed = _compute(ledger, scene, spec, options, plan, writer, client, watcher, previous)
         tags = origin.tags(
             dtype=plan.dtype, exactness=plan.exactness, engine=plan.engine, tile=str(plan.tile)
         )
         ready()
+        copied = Computation(scene, plan, writer, ledger).copied_pixels
         try:
             finish(ledger, writer, target, tags, watcher.finishing, overwrite=options.overwrite)
         except KeyboardInterrupt as stop:
             raise Interrupted(1.0) from stop
         ledger.remove()
-    told = "" if previous is None else f"{1 - computed / pixels:.0%} as in {previous}"
+    told = "" if previous is None else f"{copied / pixels:.0%} as in {previous}"
     seconds = time.perf_counter() - begun
     return replace(outcome, computed=computed, seconds=seconds, plan=plan, routed=told)
 
@@ -167,50 +173,6 @@ def _previous(
     return open_previous(target, paths, scene, origin, load_network(spec), options, reuse)
 
 
-def _begin(
-    ledger: Ledger, target: Path, scene: Scene, spec: NetworkSpec, options: Options, origin: Provenance
-) -> tuple[Plan, ZarrWriter]:
-    """Go on with what the ledger holds if it is this very run; begin anew if not."""
-    record = ledger.read()
-    if record is not None and record["fingerprint"] == origin.fingerprint:
-        plan = Plan(**record["plan"])
-        if plan.processes >= (options.workers or 1):
-            return plan, resume_zarr(target, ledger.pixels, overwrite=options.overwrite)
-    ledger.clear()
-    network = load_network(spec)
-    kind = ResultKind(options.output, network.classes, options.threshold)
-    analysis = analyse(network.module, scene.shape)
-    precision = choose_precision(scene, spec, options, kind, analysis.stride)
-    disk = shutil.disk_usage(ledger.folder).free
-    plan = plan_scene(scene.shape, kind, analysis, options, precision, network.module, disk, scene.frame)
-    plan = plan.reusing(origin.reused) if origin.reused else plan
-    writer = _create(ledger, target, scene, kind, plan, options)
-    ledger.begin({"fingerprint": origin.fingerprint, "plan": plan.record(), "of": origin.record})
-    return plan, writer
-
-
-def _create(
-    ledger: Ledger, target: Path, scene: Scene, kind: ResultKind, plan: Plan, options: Options
-) -> ZarrWriter:
-    _, height, width = scene.written.shape
-    rows, columns, chunk = plan.shard(scene.written.shape, kind)
-    return create_zarr(
-        target,
-        (kind.bands, height, width),
-        kind.dtype,
-        crs=scene.raster.crs,
-        transform=scene.written.transform,
-        metadata=scene.written.profile.metadata.place(),
-        nodata=kind.nodata,
-        band_names=kind.band_names,
-        colormap=kind.colormap,
-        chunk=chunk,
-        shard=(rows, columns),
-        staging=ledger.pixels,
-        overwrite=options.overwrite,
-    )
-
-
 def _compute(
     ledger: Ledger,
     scene: Scene,
@@ -230,7 +192,7 @@ def _compute(
     watcher.planned(scene.raster.name, plan, work.pixels, pixels)
     final = replace(spec, dtype=plan.dtype, compile=options.compile)
     kind = ResultKind(options.output, load_network(spec).classes, options.threshold)
-    engine = plan.runs(work.store, ledger.rows)
+    engine = plan.runs(work.store, ledger.rows, scene.shape[1:])
     threads = threads_each(options)
     work.run(Work(scene, final, engine, kind, writer, ledger, threads), client, watcher.computed)
     return pixels

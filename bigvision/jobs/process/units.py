@@ -21,6 +21,7 @@ from bigvision.jobs.process.scene import Scene
 from bigvision.jobs.process.strips import Strip, strips
 from bigvision.streaming.memory import freed_memory_kept
 from tiling import Tile, ZarrWriter
+from tiling.shards import Stamp, settle
 
 
 class Unread:
@@ -112,6 +113,7 @@ class UnitRunner:
         engine, log = self.work.engine, self.work.ledger.strips
         with self.room, freed_memory_kept():
             known = log.rows(unit.index)
+            last: dict[str, Stamp] = {}
             if known < unit.core.height:
                 left = engine.below(unit, known)
                 made = self._strips(left, engine.read(Stoppable(self.work.scene, self.halt), left))
@@ -119,23 +121,27 @@ class UnitRunner:
                 making = self.thread.submit(self._next, made)
                 while (strip := making.result()) is not None:
                     making = self.thread.submit(self._next, made)
-                    known = self._store(unit, known, *strip)
-        self.work.ledger.mark(unit.index)
+                    known, last = self._store(unit, known, *strip)
+        self.work.ledger.mark(unit.index, last)
         self._tell((unit.core.height - known) * unit.core.width)
 
     def stop(self) -> None:
         """No more is wanted: units under way end with their step; what is stored of them stays."""
         self.halt.set()
 
-    def _store(self, unit: Tile, known: int, pixels: NDArray[Any], window: Window) -> int:
-        """How many rows of the unit are noted as stored after this strip; the last one is with its mark."""
-        self.work.writer.write(pixels, self.work.scene.framed(window))
+    def _store(
+        self, unit: Tile, known: int, pixels: NDArray[Any], window: Window
+    ) -> tuple[int, dict[str, Stamp]]:
+        """Rows of the unit that are noted as stored after this strip; its stamps, where the mark has them."""
+        place = self.work.scene.framed(window)
+        self.work.writer.write(pixels, place)
+        stamps = settle(self.work.writer, place)
         done = window.row_off + window.height - unit.core.row_off
         if done == unit.core.height:
-            return known
-        self.work.ledger.strips.add(unit.index, done)
+            return known, stamps
+        self.work.ledger.strips.add(unit.index, done, stamps)
         self._tell((done - known) * window.width)
-        return done
+        return done, {}
 
     def _tell(self, pixels: int) -> None:
         if self.progress is not None and pixels:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -22,9 +23,11 @@ from bigvision.jobs.train_raster.routed import RoutedNetworks
 from bigvision.jobs.train_raster.run_folder import RunFolder, fingerprint_of, open_run
 from bigvision.jobs.train_raster.steps import Steps
 from bigvision.jobs.train_raster.subject import OneNetwork, Subject
-from bigvision.models.spec import parse_spec
+from bigvision.models.identity import architecture_hash, network_identity, state_hash
 from bigvision.streaming.losses import Loss
 from datasets.pairs import Pair, read_pairs
+from tiling.addresses import without_secrets
+from tiling.identity import file_hash, identity
 
 Say = Callable[[str], None]
 
@@ -78,13 +81,18 @@ class _Run:
         )
         self.steps: Steps = self.subject.steps(self.data.train, self.loss, ranks)
         self.score = self.subject.scorer(self.data.validation, ranks, say)
-        self.folder = RunFolder(out, _fingerprint(pairs, options, self.subject, ranks.size))
+        fingerprint, self.unknown = _fingerprint(pairs, options, self.subject, ranks.size)
+        self.folder = RunFolder(out, fingerprint)
         self.total = self.steps.per_epoch * options.epochs
         self.done, self.best = 0, -1.0
         self.progress = Progress(say, self.total, self.steps.per_epoch)
 
     def train(self) -> TrainingResult:
         """All steps that are still to do."""
+        for why in self.unknown:
+            self.say(
+                f"whether the data change can't be known ({why}): stopped, this run can't be gone on with"
+            )
         self._resume()
         if self.done == self.total:
             self.say(f"{self.folder.path}: finished already ({self.total} steps)")
@@ -176,7 +184,7 @@ class _Run:
 
     def _asked(self) -> dict[str, object]:
         """The options as JSON keeps them."""
-        return json.loads(json.dumps(asdict(self.options), default=str))
+        return json.loads(without_secrets(json.dumps(asdict(self.options), default=str)))
 
     def _description(self) -> dict[str, object]:
         return {
@@ -225,16 +233,35 @@ def _loss(options: TrainOptions, data: TrainingData, device: torch.device) -> Lo
     return build_loss(options.loss, torch.tensor(weights, device=device))
 
 
-def _fingerprint(pairs: tuple[Pair, ...], options: TrainOptions, subject: Subject, world: int) -> str:
-    """Of everything that decides the result: options, ranks, scenes, and every file among them."""
-    asked = asdict(options) | {"overwrite": None, "tensorboard": None, "device": None}
-    asked["scratch"] = options.scratch is not None  # where it is matters to nobody
-    weights = () if options.weights is None else (str(options.weights),)
-    source = parse_spec(options.model).source
-    files = (
-        *(name for pair in pairs for name in (pair.scene, pair.labels)),
-        *weights,
-        source,
-        *subject.files,
-    )
-    return fingerprint_of(asked, world, [asdict(pair) for pair in pairs], files=files)
+# What decides how a run is computed, and not what comes of it.
+_CUT = (
+    "overwrite",
+    "tensorboard",
+    "device",
+    "memory",
+    "scratch",
+    "scratch_limit",
+    "rows",
+    "checkpoint_every",
+)
+
+
+def _fingerprint(
+    pairs: tuple[Pair, ...], options: TrainOptions, subject: Subject, world: int
+) -> tuple[str, tuple[str, ...]]:
+    """Of everything that decides the result: options, ranks, network, and every file behind the scenes.
+
+    Also why some of these may change unseen; a run of such has a fingerprint that no other has.
+    """
+    asked = {
+        name: value for name, value in asdict(options).items() if name not in (*_CUT, "model", "weights")
+    }
+    model = subject.model
+    network = network_identity(options.model, model, state_hash(model), architecture_hash(model))
+    seen = [identity(name) for pair in pairs for name in (pair.scene, pair.labels)]
+    unknown = tuple(why for one in seen for why in one.unknown)
+    about = [{name: without_secrets(str(value)) for name, value in asdict(pair).items()} for pair in pairs]
+    files = [file_hash(Path(name)) if Path(name).is_file() else name for name in subject.files]
+    once = uuid.uuid4().hex if unknown else ""
+    facts = (asked, world, network, about, [one.files for one in seen], files, once)
+    return fingerprint_of(*facts), unknown

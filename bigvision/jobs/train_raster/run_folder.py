@@ -121,14 +121,9 @@ def _difference(found: dict[str, Any], options: dict[str, Any]) -> str:
     return "; ".join(told) or "of other files, ranks or version"
 
 
-def fingerprint_of(*facts: Any, files: tuple[str, ...] = ()) -> str:
-    """A digest of facts (anything JSON can hold) and of the size and time of local files."""
-    seen = []
-    for file in files:
-        local = Path(file)
-        stats = local.stat() if local.exists() else None
-        seen.append((str(file), *((stats.st_size, stats.st_mtime_ns) if stats else ())))
-    text = json.dumps([__version__, facts, seen], default=str, sort_keys=True)
+def fingerprint_of(*facts: Any) -> str:
+    """A digest of facts: anything that JSON can hold, and paths."""
+    text = json.dumps([__version__, facts], default=str, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
