@@ -192,7 +192,7 @@ class _Called(nn.Module):
 def _export(model: _Called, shape: tuple[int, int, int], name: str) -> torch.export.ExportedProgram:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.inference_mode(False), FakeTensorMode(allow_non_fake_inputs=True):
         image = torch.empty(1, *shape, dtype=dtype, device=device)
     ordinary = torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False)
     with warnings.catch_warnings(), _quiet_export(), ExitStack() as modes:

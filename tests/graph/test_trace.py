@@ -75,3 +75,11 @@ def test_images_that_the_network_refuses(shape: tuple[int, int, int]) -> None:
 def test_shapes_are_checked(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="all positive"):
         trace(nn.Conv2d(3, 1, 1), shape)  # type: ignore[arg-type]
+
+
+def test_a_network_is_traced_within_inference_mode() -> None:
+    """Where scenes are computed; the graph is the one that gradients are taken of, too."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    with torch.inference_mode():
+        within = [str(node.target) for node in trace(network, (3, 32, 32)).operators()]
+    assert within == [str(node.target) for node in trace(network, (3, 32, 32)).operators()]
