@@ -14,6 +14,7 @@ All little-endian. The `.idx` file is text: one `key<TAB>byte offset` a line. (F
 import os
 import struct
 from array import array
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,7 @@ from typing import BinaryIO, Self, TextIO
 import numpy as np
 
 from datasets.face_images import DamagedRecordError
+from tiling.publish import complete
 
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -73,26 +75,23 @@ class RecordWriter:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._index_path = self.path.with_suffix(".idx")
-        self._partial = [part.with_name(part.name + ".partial") for part in (self.path, self._index_path)]
+        self._open = ExitStack()
 
     def __enter__(self) -> Self:
-        self._records: BinaryIO = self._partial[0].open("wb")
-        self._index: TextIO = self._partial[1].open("w")
+        with ExitStack() as opened:
+            # Closed in reverse: the index appears first, and a `.rec` is never without it.
+            places = [
+                opened.enter_context(complete(path)) for path in (self.path, self.path.with_suffix(".idx"))
+            ]
+            self._records: BinaryIO = opened.enter_context(places[0].open("wb"))
+            self._index: TextIO = opened.enter_context(places[1].open("w"))
+            self._open = opened.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in (self._records, self._index):
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        for partial, final in zip(self._partial, (self.path, self._index_path), strict=True):
-            if kind is None:
-                partial.replace(final)
-            else:
-                partial.unlink()
+        self._open.__exit__(kind, error, trace)
 
     def write(self, key: int, payload: bytes) -> None:
         """Append one record under a key."""

@@ -166,24 +166,25 @@ def build(signature: Signature, path: Path) -> None:
 
 def _build_apart(signature: Signature, path: Path) -> None:
     """Builds in a child process, so that this one never holds the compiler."""
+    from tiling.publish import complete  # rasters' libraries, which a head needs for nothing else
+
     logging.getLogger(__name__).info("compiling %s once", signature.function.__name__)
-    partial = path.with_name(f"partial-{path.name}")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
         "OMP_NUM_THREADS": str(signature.threads),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", _CHILD],
-        input=pickle.dumps((signature, partial)),
-        env=environment,
-        capture_output=True,
-        check=False,
-    )
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines()
-        raise OSError(lines[-1] if lines else f"the compiler ended with status {done.returncode}")
-    partial.replace(path)
+    with complete(path) as place:
+        done = subprocess.run(
+            [sys.executable, "-c", _CHILD],
+            input=pickle.dumps((signature, place)),
+            env=environment,
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode:
+            lines = done.stderr.decode(errors="replace").strip().splitlines()
+            raise OSError(lines[-1] if lines else f"the compiler ended with status {done.returncode}")
 
 
 def processor(device: torch.device) -> str:

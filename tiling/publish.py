@@ -80,6 +80,21 @@ def check_room(path: Path, pixels: int) -> None:
         )
 
 
+@contextmanager
+def complete(path: Path) -> Iterator[Path]:
+    """A place to write a file or folder to, of the same name as `path`.
+
+    When the block ends well it is flushed and moved to `path`, replacing what is there; else nothing is left.
+    """
+    path = followed(path)
+    work = begin(path)
+    try:
+        yield work / path.name
+        publish(work / path.name, path)
+    finally:
+        discard(work)
+
+
 def publish(staging: Path, path: Path, *, replace: bool = True) -> None:
     """Flush `staging` to the disk and move it to `path`, replacing what is there.
 

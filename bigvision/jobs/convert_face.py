@@ -20,7 +20,7 @@ from bigvision.models.embedding import BackboneSpec, build_backbone, save_backbo
 from bigvision.models.iresnet import DEPTHS
 from bigvision.models.weights import told
 from bigvision.tensors import save_tensors
-from tiling.publish import publish
+from tiling.publish import complete
 
 NETWORKS = {
     "r18": "iresnet18",
@@ -239,7 +239,6 @@ def _sizes(state: dict[str, Tensor], name: str) -> tuple[int, int]:
 
 def _save_centres(centres: Tensor, out: Path) -> Path:
     path = out.with_suffix(".centres.safetensors")
-    partial = path.with_name(path.name + ".partial")
-    save_tensors({"weight": centres}, partial)
-    publish(partial, path)
+    with complete(path) as place:
+        save_tensors({"weight": centres}, place)
     return path

@@ -1,7 +1,6 @@
 """Evaluate a face backbone: verification pairs, identification, ROC picture."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan
@@ -15,6 +14,7 @@ from bigvision.jobs.faces.embed import Embedder
 from bigvision.jobs.faces.evaluation import Evaluated, draw_roc, evaluate_source, open_evaluation
 from bigvision.jobs.faces.options import DTYPES
 from bigvision.models.embedding import BackboneSpec, load_backbone
+from tiling.publish import complete
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,5 @@ def _measured(rates: dict[float, float]) -> dict[str, float | None]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON that appears under its name when it is complete."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with complete(path) as place:
+        place.write_text(json.dumps(value, indent=1))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bigvision.models.embedding import BackboneSpec, load_backbone
+from tiling.publish import complete
 
 TOLERANCE = 1e-3  # of the largest embedding value: other kernels add in another order
 
@@ -32,19 +33,15 @@ def export_face(weights: Path, out: Path, spec: BackboneSpec | None = None) -> E
     if out.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"{out} is neither .onnx nor .pt2")
     model, found = load_backbone(weights, spec)
-    partial = out.with_name(f"partial-{out.name}")
     example = torch.rand(2, 3, found.image_size, found.image_size) * 2 - 1
-    try:
+    with complete(out) as place:
         write = _write_onnx if out.suffix == ".onnx" else _write_program
-        write(model, example, partial)
-        difference = _difference(model, partial, found.image_size)
+        write(model, example, place)
+        difference = _difference(model, place, found.image_size)
         if difference > TOLERANCE:
             raise ValueError(
                 f"the exported network differs from torch by {difference:.2g} of its largest value"
             )
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
     return Exported(out, difference, out.stat().st_size)
 
 

@@ -10,7 +10,6 @@ Legend: G gallery rows, D dimension, k neighbours.
 import hashlib
 import importlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bigvision.jobs.evaluate_faces import EmbedOptions, load_embedder, write_json
+from bigvision.jobs.evaluate_faces import EmbedOptions, load_embedder
 from bigvision.jobs.faces.embed import Embedder
 from bigvision.jobs.faces.search import identity_templates, nearest
 from datasets.alignment import align_face, read_landmarks
@@ -35,7 +34,7 @@ from datasets.face_images import (
 )
 from datasets.face_index import left_out_text
 from datasets.faces import FolderFaces, open_faces
-from tiling.publish import publish
+from tiling.publish import complete
 
 # A detector takes an image uint8 [H, W, 3] and returns the five landmarks float [F, 5, 2] of the faces in it.
 Detector = Callable[[np.ndarray], np.ndarray]
@@ -128,13 +127,13 @@ def identity_names(source: FaceSource) -> list[str]:
 
 def save_gallery(gallery: Gallery, out: Path) -> None:
     """Write a gallery folder; it appears when it is complete."""
-    partial = out.with_name(f"partial-{out.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    np.save(partial / "embeddings.npy", gallery.embeddings.astype(np.float32))
-    np.save(partial / "labels.npy", gallery.labels.astype(np.int64))
-    write_json(partial / "gallery.json", {"names": gallery.names, "weights": gallery.weights})
-    publish(partial, out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with complete(out) as folder:
+        folder.mkdir()
+        np.save(folder / "embeddings.npy", gallery.embeddings.astype(np.float32))
+        np.save(folder / "labels.npy", gallery.labels.astype(np.int64))
+        text = json.dumps({"names": gallery.names, "weights": gallery.weights}, indent=1)
+        (folder / "gallery.json").write_text(text)
 
 
 def load_gallery(path: Path) -> Gallery:

@@ -3,9 +3,7 @@
 Shapes: x [B, 3, S, S] -> [B, dim].
 """
 
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from bigvision.models.iresnet import iresnet18, iresnet34, iresnet50, iresnet100
 from bigvision.models.mobilefacenet import mobilefacenet, mobilefacenet_large
 from bigvision.models.weights import load_weights
 from bigvision.tensors import save_tensors
+from tiling.publish import complete
 
 FACE_BACKBONES: dict[str, Callable[[int, int], nn.Module]] = {
     "iresnet18": iresnet18,
@@ -83,17 +82,9 @@ def build_backbone(spec: BackboneSpec) -> nn.Module:
 
 def save_backbone(model: nn.Module, spec: BackboneSpec, path: str | Path) -> None:
     """Write weights as safetensors that say what they are; the file appears when it is complete."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     described = {"kind": KIND, "name": spec.name, "dim": str(spec.dim), "image_size": str(spec.image_size)}
-    try:
-        save_tensors(model.state_dict(), partial, described)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            partial.unlink()
+    with complete(Path(path)) as place:
+        save_tensors(model.state_dict(), place, described)
 
 
 def read_backbone_spec(path: str | Path) -> BackboneSpec | None:

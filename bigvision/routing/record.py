@@ -15,6 +15,8 @@ from affine import Affine
 from numpy.typing import NDArray
 from rasterio.crs import CRS
 
+from tiling.publish import complete
+
 NOWHERE = 255  # as stored: no expert, because there is no data
 _COLORS = ((40, 44, 52), (86, 156, 214), (152, 195, 121), (229, 130, 70), (198, 120, 221), (224, 203, 90))
 _TAG = "BIGVISION_ROUTE"
@@ -87,29 +89,30 @@ class RouteRecord:
 
     def save(self, path: Path) -> None:
         """A GeoTIFF of one pixel a region: band 1 the expert (255: no data), band 2 the score."""
-        beside = path.with_name(f".{path.name}.partial")
         transform = self.transform @ Affine.scale(self.region)
         experts = np.where(self.expert < 0, NOWHERE, self.expert).astype(np.float32)
         about = {"names": self.names, "region": self.region, "size": self.size, "made_by": self.made_by}
         height, width = self.expert.shape
-        with rasterio.open(
-            beside,
-            "w",
-            driver="GTiff",
-            height=height,
-            width=width,
-            count=2,
-            dtype="float32",
-            crs=self.crs,
-            transform=transform,
-            compress="deflate",
-        ) as file:
+        with (
+            complete(path) as place,
+            rasterio.open(
+                place,
+                "w",
+                driver="GTiff",
+                height=height,
+                width=width,
+                count=2,
+                dtype="float32",
+                crs=self.crs,
+                transform=transform,
+                compress="deflate",
+            ) as file,
+        ):
             file.write(experts, 1)
             file.write(self.score, 2)
             file.descriptions = ("expert", "score")
             file.update_tags(**{_TAG: json.dumps(about)})
             file.update_tags(1, nodata=str(NOWHERE), **{str(e): name for e, name in enumerate(self.names)})
-        beside.replace(path)
 
     def picture(self, path: Path, *, scale: int = 8) -> None:
         """A PNG: a colour for each expert (black: no data), `scale` pixels a region."""
@@ -117,9 +120,8 @@ class RouteRecord:
 
         colors = np.array([_COLORS[e % len(_COLORS)] for e in range(len(self.names))] + [(0, 0, 0)], np.uint8)
         picture = colors[self.expert].repeat(scale, 0).repeat(scale, 1)
-        beside = path.with_name(f".{path.name}.partial")
-        Image.fromarray(picture).save(beside, format="PNG")
-        beside.replace(path)
+        with complete(path) as place:
+            Image.fromarray(picture).save(place, format="PNG")
 
 
 def load_record(path: Path) -> RouteRecord:

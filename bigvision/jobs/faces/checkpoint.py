@@ -8,7 +8,6 @@ step). All ranks take part in saving and loading, on any number of them.
 """
 
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from bigvision.models.embedding import BackboneSpec, save_backbone
 from bigvision.models.weights import load_weights
 from bigvision.tensors import save_tensors
 from heads import ShardedMarginHead, load_head, save_head
+from tiling.publish import flush
 
 NAME = re.compile(r"step-(\d{8})")
 
@@ -130,12 +130,13 @@ def save(
     with world.together(f"saving {final}"):
         if world.leads:
             _save_backbone(partial, training, Position(step, settings, training.scaler.state_dict()))
-            _flush(partial)
+            for path in [partial, *partial.rglob("*")]:
+                flush(path)
     write_digests(partial, world)
     with world.together(f"saving {final}"):
         if world.leads:
             partial.rename(final)
-            _flush_folder(folder)
+            flush(folder)
             for old in checkpoints(folder)[:-keep]:
                 going = folder / f"partial-{old.name}"  # half deleted, it must not look complete
                 old.rename(going)
@@ -190,21 +191,3 @@ def _unflattened(tensors: dict[str, Tensor], fresh: dict[str, Any]) -> dict[str,
         number, _, name = key.partition("/")
         state.setdefault(int(number), {})[name] = value
     return {"state": state, "param_groups": fresh["param_groups"]}
-
-
-def _flush(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        else:
-            _flush_folder(path)
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from tiling.publish import complete
+
 
 @dataclass(frozen=True)
 class Point:
@@ -47,12 +49,10 @@ class Curves:
         self.points = _kept(folder / "curve.csv", Point, step)
         self.scores = _kept(folder / "evaluations.csv", Score, step)
         for name, kind, rows in (("curve.csv", Point, self.points), ("evaluations.csv", Score, self.scores)):
-            partial = folder / f"{name}.partial"
-            with partial.open("w", newline="") as file:
+            with complete(folder / name) as place, place.open("w", newline="") as file:
                 writer = csv.writer(file)
                 writer.writerow([field.name for field in fields(kind)])
                 writer.writerows([list(asdict(row).values()) for row in rows])
-            partial.replace(folder / name)
         self._events: Any = None
         if find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
@@ -91,9 +91,8 @@ class Curves:
         rate.set_ylabel("learning rate")
         for right in others:
             _draw_scores(right, self.scores)
-        partial = self.folder / "curves.partial.png"
-        figure.savefig(partial, dpi=120)
-        partial.replace(self.folder / "curves.png")
+        with complete(self.folder / "curves.png") as place:
+            figure.savefig(place, dpi=120)
 
     def close(self) -> None:
         """Draw the picture and close the event file."""

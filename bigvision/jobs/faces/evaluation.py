@@ -27,6 +27,7 @@ from datasets.verification import (
     draw_pairs,
     verify,
 )
+from tiling.publish import complete
 
 FOLDS = 10
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -184,6 +185,5 @@ def draw_roc(results: list[Evaluated], path: Path) -> None:
     axes.set(xscale="log", xlabel="false accept rate", ylabel="true accept rate", ylim=(0, 1.01))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    partial = path.with_name(f"partial-{path.name}")
-    figure.savefig(partial, dpi=120)
-    partial.replace(path)
+    with complete(path) as place:
+        figure.savefig(place, dpi=120)
