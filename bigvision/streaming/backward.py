@@ -209,8 +209,8 @@ def _output_size(program: Program, image: ImageRows) -> tuple[int, int] | None:
     if not value.is_floating_point():
         raise ValueError(f"the network's output is of type {value.dtype}, which has no gradient")
     if program.output not in program.stages:
-        if not given or given[0] != 1:
-            raise ValueError(f"the network's output is {given}; a loss over one answer needs [1] or [1, K]")
+        if len(given) < 2 or given[0] != 1:
+            raise ValueError(f"the network's output is {given}; a loss over one answer needs [1, K]")
         return None
     rows = program.stages[program.output].axis
     if (given[:1], given[-2:], len(given), rows) != ((1,), image.padded, 4, -2):

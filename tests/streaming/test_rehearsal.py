@@ -59,6 +59,7 @@ def test_a_program_that_computes_its_rows_is_itself() -> None:
         (lambda v: v.mT, "with its rows on axis 3"),
         (lambda v: torch.cat([v, v]), r"output is \(2, 4, 8, 8\)"),
         (lambda v: v.mean(), r"output is \(\); a loss over one answer"),
+        (lambda v: v.mean((1, 2, 3)), r"output is \(1,\); a loss over one answer"),
     ],
 )
 def test_what_has_no_gradient_is_refused(function: Callable[[Tensor], Tensor], message: str) -> None:
