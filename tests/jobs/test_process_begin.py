@@ -240,3 +240,24 @@ def test_a_share_that_was_copied_is_told_of_a_resumed_run_too(scene: Path, tmp_p
     begun(near, target, 1, previous=tmp_path / "first.tif")
     outcome, _ = resumed(near, target, previous=tmp_path / "first.tif")
     assert not outcome.routed.startswith(("0%", "100%"))
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        "rows/*.rows",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sums/**/*.safetensors", "sums/rows.json")),
+    ],
+)
+def test_damaged_statistics_are_taken_again(scene: Path, tmp_path: Path, kept: str) -> None:
+    """Of a network that takes statistics of the scene, and keeps values between its passes."""
+    wishes = {"model": f"{NETWORKS}:excited_net?bands=3", "tile": 16, "engine": "stream"}
+    target, exact = tmp_path / "out.tif", tmp_path / "exact.tif"
+    run_scene((str(scene),), exact, options(**wishes))
+    folder = begun(scene, target, 11, **wishes)
+    (folder / "sums" / "phase-0" / "1x.safetensors").write_text("a stray file")
+    harmed = sorted(folder.glob(kept))[-1]
+    harmed.write_bytes(harmed.read_bytes()[:-1])
+    outcome, _ = resumed(scene, target, **wishes)
+    assert "damaged" in outcome.warning
+    np.testing.assert_allclose(read(target), read(exact), rtol=0, atol=1e-4)

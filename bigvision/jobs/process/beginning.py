@@ -10,6 +10,7 @@ from bigvision.jobs.process.geometry import Analysis, analyse
 from bigvision.jobs.process.ledger import Ledger
 from bigvision.jobs.process.network import NetworkSpec, load_network
 from bigvision.jobs.process.options import Options
+from bigvision.jobs.process.phases import PhaseStore
 from bigvision.jobs.process.planning import (
     CORES,
     Plan,
@@ -59,6 +60,7 @@ def begin(
             plan = plan_of(record.get("plan"))
             writer = _resumed(ledger, target, scene, kind, plan, options)
             harmed = ledger.check()
+            harmed += not PhaseStore(ledger.sums, 0).check(ledger.rows)
         except Exception as error:  # whatever a damaged folder makes of its reader
             why = " ".join(str(error).split()) or type(error).__name__
             told = f"the unfinished run in {ledger.folder} was damaged ({why}) and is made anew"

@@ -5,6 +5,8 @@ the same bands as the output; what a killed job had summed is not summed again, 
 depend on the cut alone, not on who computed what when.
 """
 
+import json
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +31,9 @@ from bigvision.streaming.checkpoints import Scratch
 from bigvision.streaming.memory import freed_memory_kept
 from bigvision.tensors import save_tensors
 from tiling import Tile
-from tiling.publish import publish, staging_name
+from tiling.publish import flush, publish, staging_name
+
+_ROWS = "rows.json"
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class PhaseStore:
 
     def done(self, phase: int) -> frozenset[int]:
         """The bands whose sums are there."""
-        complete = self._phase(phase).glob("[0-9]*.safetensors")
-        return frozenset(int(path.stem) for path in complete)
+        complete = self._phase(phase).glob("*.safetensors")
+        return frozenset(int(path.stem) for path in complete if path.stem.isdecimal())
 
     def save(self, phase: int, band: int, sums: PhaseSums) -> None:
         """Keep one band's sums."""
@@ -59,6 +63,36 @@ class PhaseStore:
     def load(self, phase: int, device: str) -> list[PhaseSums]:
         """All bands' sums, from top to bottom; FileNotFoundError where one is missing."""
         return [_read(self._phase(phase) / f"{band}.safetensors", device) for band in range(self.bands)]
+
+    def keep(self, rows: Path) -> None:
+        """Flush the values that bands so far left in the folder `rows`, and note how many bytes they are."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sizes = {}
+        for file in rows.glob("*.rows"):
+            flush(file)
+            sizes[file.name] = file.stat().st_size
+        staging = staging_name(self.folder / _ROWS)
+        staging.write_text(json.dumps(sizes), encoding="utf-8")
+        publish(staging, self.folder / _ROWS)
+
+    def check(self, rows: Path) -> bool:
+        """Whether all is there that was kept; where it is not, what can't be trusted is removed."""
+        try:
+            noted = json.loads((self.folder / _ROWS).read_bytes()) if (self.folder / _ROWS).exists() else {}
+            whole = all((rows / name).stat().st_size >= size for name, size in noted.items())
+        except (OSError, ValueError, TypeError, AttributeError):
+            whole = False
+        if not whole:
+            for folder in (self.folder, rows):
+                shutil.rmtree(folder, ignore_errors=True)
+            return False
+        for path in self.folder.rglob("*.safetensors"):
+            try:
+                _read(path, "cpu")
+            except Exception:  # of whatever kind: it is no file of sums any more
+                path.unlink()
+                whole = False
+        return whole
 
     def _phase(self, phase: int) -> Path:
         return self.folder / f"phase-{phase}"
@@ -101,6 +135,8 @@ class PhasedEngine:
         """One band's sums of one phase, into the store; those of all earlier phases must be there."""
         with self._stream(network, scene) as (stream, _):
             sums = stream.sums(phase, _band(stream, unit.core), self._before(stream, phase), on_step)
+        if self.scratch is not None:
+            self.store.keep(self.scratch.folder)
         self.store.save(phase, unit.index, sums)
 
     def forget(self, spec: NetworkSpec, scene: Scene, phase: int) -> None:
@@ -108,6 +144,7 @@ class PhasedEngine:
         if self.scratch is not None:
             with self._stream(load_network(spec), scene) as (stream, _):
                 stream.forget(phase)
+            self.store.keep(self.scratch.folder)
 
     def pieces(self, network: Network, unit: Tile, read: View) -> Iterator[Piece]:
         """Rows of the core as they leave the network."""

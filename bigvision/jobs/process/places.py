@@ -13,7 +13,7 @@ from bigvision.models.spec import parse_spec
 from bigvision.routing.record import load_record
 from bigvision.routing.route_file import load_route
 from tiling import RasterError, open_raster
-from tiling.behind import behind, check_apart
+from tiling.behind import behind, check_apart, check_file
 from tiling.replaceable import not_a_store
 
 
@@ -57,12 +57,16 @@ def places_read(paths: Sequence[str], target: Path, options: Options) -> list[Pa
     """Every file and folder that a result is made from, all the way down; RasterError at a pipe."""
     files = [options.weights, options.aoi, options.route, *_code(options.model)]
     if options.route is not None:
+        check_file(options.route)
         route = load_route(options.route)
         files += [route.weights, route.gate_weights, *_code(route.model)]
     scenes = [place for path in paths for place in behind(path).places]
     if options.previous is not None:
         scenes += behind(earlier_result(options.previous, target)).places
-    return [*scenes, *(file for file in files if file is not None)]
+    named = [file for file in files if file is not None]
+    for file in named:
+        check_file(file)
+    return [*scenes, *named]
 
 
 def fingerprint_at(target: Path) -> str:
