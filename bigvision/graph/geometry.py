@@ -8,7 +8,6 @@ Legend: s total stride, h halo, both in input pixels.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from dataclasses import dataclass
@@ -20,9 +19,13 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bigvision.graph.arguments import INTERPOLATIONS, arguments, resample_factors
+from bigvision.graph.axes import AxisMap
 from bigvision.graph.flow import flows, streaming_inputs
-from bigvision.graph.layout import Flow
-from bigvision.graph.trace import TracedGraph, describe, result_shape, trace
+from bigvision.graph.layout import Flow, UnsupportedOperatorError
+from bigvision.graph.outputs import OutputError
+from bigvision.graph.rules.resampled import WIDEST_STREAMED_BIN
+from bigvision.graph.trace import TracedGraph, describe, operator_name, quiet_torch, result_shape, trace
 from bigvision.graph.untouched import untouched
 
 # A size that the strides of all common networks divide; nothing is computed, so it costs nothing.
@@ -59,20 +62,56 @@ def trace_padded(
 ) -> tuple[TracedGraph, int]:
     """The graph of the whole image (C, H, W) as it is padded, and the total stride that it is padded to.
 
-    `output` names the one that counts, where the model returns several.
+    A network that runs at the asked size only is traced there, padded or not. `output` names the one that
+    counts, where the model returns several.
+
+    Raises:
+        ValueError: as `trace` has it, of the asked size.
+        UnsupportedOperatorError, OutputError: as `total_stride` has them.
     """
     channels, height, width = shape
     if min(shape) < 1:
         raise ValueError(f"an image's shape is (channels, rows, columns), all positive, not {tuple(shape)}")
-    likely = (channels, *padded_size(height, width, _guessed_stride(model, channels)))
-    with contextlib.suppress(ValueError):  # it may refuse that size, or be refused at the right one
-        traced = trace(model, likely, output)
-        stride = total_stride(traced, flows(traced))
-        if (channels, *padded_size(height, width, stride)) == likely:
-            return traced, stride
-    nominal = trace(model, (channels, NOMINAL_SIZE, NOMINAL_SIZE), output)
-    stride = total_stride(nominal, flows(nominal))
-    return trace(model, (channels, *padded_size(height, width, stride)), output), stride
+    guess = _guessed_stride(model, channels)
+    sizes = [padded_size(height, width, guess), padded_size(height, width, LIKELY_STRIDE), (height, width)]
+    tried: dict[tuple[int, int], tuple[TracedGraph, int] | ValueError] = {}
+    while sizes:
+        size = sizes.pop(0)
+        if size in tried:
+            continue
+        tried[size] = found = _trace_at(model, (channels, *size), output)
+        if isinstance(found, tuple):
+            own = padded_size(height, width, found[1])
+            if own == size:
+                return found
+            sizes.insert(0, own)
+    return _least_bad(tried, (height, width))
+
+
+def _trace_at(
+    model: nn.Module, shape: tuple[int, int, int], output: str | int | None
+) -> tuple[TracedGraph, int] | ValueError:
+    """The graph at one size and the total stride that it tells, or why there is none."""
+    try:
+        traced = trace(model, shape, output)
+        return traced, total_stride(traced, flows(traced))
+    except ValueError as error:
+        return error
+
+
+def _least_bad(
+    tried: dict[tuple[int, int], tuple[TracedGraph, int] | ValueError], asked: tuple[int, int]
+) -> tuple[TracedGraph, int]:
+    """Where no padded size will do: the asked size itself, or the best reason why not.
+
+    A network that runs at one size (position embeddings, fixed grids) is traced at it, though no multiple of
+    its stride. Reasons that name an operator or an output hold at any size; others are told of the asked one.
+    """
+    own = tried[asked]
+    if isinstance(own, tuple):
+        return own
+    named = [one for one in tried.values() if isinstance(one, UnsupportedOperatorError | OutputError)]
+    raise own if isinstance(own, UnsupportedOperatorError | OutputError) or not named else named[0]
 
 
 def _guessed_stride(model: nn.Module, channels: int) -> int:
@@ -82,7 +121,8 @@ def _guessed_stride(model: nn.Module, channels: int) -> int:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(()))
     rows = _Rows()
     try:
-        with untouched(model), FakeTensorMode(allow_non_fake_inputs=True) as fake, rows, torch.no_grad():
+        fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        with quiet_torch(), untouched(model), fakes as fake, rows, torch.no_grad():
             # Of its own, for the model may change them.
             tensors = dict(model.named_parameters()) | dict(model.named_buffers())
             own: dict[str, Tensor] = {name: fake.from_tensor(one) for name, one in tensors.items()}
@@ -121,16 +161,22 @@ def geometry(traced: TracedGraph) -> Geometry:
 
 
 def total_stride(traced: TracedGraph, known: dict[fx.Node, Flow]) -> int:
-    """The least shift of the image that shifts every layer by a whole number of its own pixels."""
+    """The least shift of the image that shifts every subsampled layer by a whole number of its own pixels.
+
+    Bins of adaptive and whole-map pools lie where the map's size puts them and ask for no stride.
+    """
     total = 1
     for axis in ("rows", "cols"):
-        scales = _scales(known, axis)
+        scales = _scales(known, axis, of_bins=False)
         total = math.lcm(total, *(scale.numerator for scale in scales.values()))
     return total
 
 
-def _scales(known: dict[fx.Node, Flow], axis: str) -> dict[fx.Node, Fraction]:
-    """Input pixels per pixel of every streaming node that depends on the image, along one axis."""
+def _scales(known: dict[fx.Node, Flow], axis: str, *, of_bins: bool = True) -> dict[fx.Node, Fraction]:
+    """Input pixels per pixel of every streaming node that depends on the image, along one axis.
+
+    Without `of_bins` what is computed of bins alone has none.
+    """
     scales: dict[fx.Node, Fraction] = {}
     for node, flow in known.items():
         if flow.layout is None:
@@ -139,12 +185,32 @@ def _scales(known: dict[fx.Node, Flow], axis: str) -> dict[fx.Node, Fraction]:
             scales[node] = Fraction(1)
             continue
         found = [scales[source] for source in streaming_inputs(node, known) if source in scales]
-        if found:
-            own = getattr(flow, axis)
-            scale = max(found) * (own.scale if own is not None else 1)
+        own = getattr(flow, axis)
+        if found and (of_bins or own is None or not _is_binned(node, own)):
+            scale = max(found) * (1 if own is None else _step(node, own, axis))
             # Sizes that a stride does not divide make ratios such as 342/1024: a third, as far as grids go.
             scales[node] = scale if scale.denominator == 1 else scale.limit_denominator(64)
     return scales
+
+
+def _is_binned(node: fx.Node, own: AxisMap) -> bool:
+    """Whether an operator's rows are bins of the whole map, as many whatever its size."""
+    name = operator_name(node)
+    if "adaptive" in name:
+        return own.size_in != own.size_out
+    return "pool" in name and own.size_out == 1 and own.size_in > WIDEST_STREAMED_BIN
+
+
+def _step(node: fx.Node, own: AxisMap, axis: str) -> Fraction:
+    """Rows of the input per row of the result; of a resampled map by the factor that is meant."""
+    if operator_name(node) not in INTERPOLATIONS:
+        return own.scale
+    factor = resample_factors(arguments(node))[axis == "cols"]
+    if factor:
+        return Fraction(1 / factor).limit_denominator(64)
+    if own.size_out >= own.size_in:  # 9 rows to 17 double a map that was halved
+        return Fraction(1, round(own.size_out / own.size_in))
+    return own.scale if own.scale.denominator == 1 else Fraction(1)
 
 
 def _inexact(known: dict[fx.Node, Flow]) -> tuple[str, ...]:

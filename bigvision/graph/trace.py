@@ -195,7 +195,7 @@ def _export(model: _Called, shape: tuple[int, int, int], name: str) -> torch.exp
     with torch.inference_mode(False), FakeTensorMode(allow_non_fake_inputs=True):
         image = torch.empty(1, *shape, dtype=dtype, device=device)
     ordinary = torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False)
-    with warnings.catch_warnings(), _quiet_export(), ExitStack() as modes:
+    with warnings.catch_warnings(), quiet_torch(), ExitStack() as modes:
         for mode in (*ordinary, differentiable(model), untouched(model.network)):
             modes.enter_context(mode)
         warnings.simplefilter("ignore")
@@ -227,8 +227,8 @@ def _without_assertions(program: torch.export.ExportedProgram) -> torch.export.E
 
 
 @contextlib.contextmanager
-def _quiet_export() -> Iterator[None]:
-    """A failing export logs its own account of it; ours is one sentence."""
+def quiet_torch() -> Iterator[None]:
+    """A forward that fails on fake tensors logs torch's own account of it; ours is one sentence."""
     names = ("torch.export", "torch._export", "torch.fx", "torch._subclasses.fake_tensor")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]

@@ -292,14 +292,18 @@ def _traces(
     name: str, module: nn.Module, channels: int, size: tuple[int, int] | None
 ) -> Iterator[TracedGraph]:
     """At the image's own size (which may be too small to tell), then at sizes that hold most halos."""
+    known = False
     if size is not None:
         with suppress(ValueError):
             yield trace_padded(module, (channels, *size))[0]
+            known = True
     side = NOMINAL_SIZE
     while side <= _FARTHEST:
         try:
             yield trace(module, (channels, side, side))
         except ValueError as error:
+            if known:  # it runs at the image's size only
+                return
             raise ValueError(f"expert {name!r} takes no image of {channels} channels: {error}") from error
         side *= 2
 

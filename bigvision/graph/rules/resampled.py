@@ -54,7 +54,11 @@ def _adaptive_average(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow
     layout = nchw(node, source)
     if before[0] > WIDEST_STREAMED_BIN * after[0] or (before != after and after[0] == 1):
         return Flow(None, statistic=True)
-    rows, cols = (axes.taps(area_taps(before[a], after[a]).index, before[a]) for a in (0, 1))
+    # How many bins there are, and not how wide, is fixed: a tile's would be others.
+    rows, cols = (
+        axes.taps(area_taps(before[a], after[a]).index, before[a], drifts=before[a] != after[a])
+        for a in (0, 1)
+    )
     return Flow(layout, rows, cols)
 
 

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from bigvision.graph.cost import cost
-from bigvision.graph.flow import flows
-from bigvision.graph.geometry import NOMINAL_SIZE, geometry, padded_size, total_stride
+from bigvision.graph.geometry import NOMINAL_SIZE, geometry, trace_padded
 from bigvision.graph.probe import probe
-from bigvision.graph.trace import UntraceableError, trace
+from bigvision.graph.trace import TracedGraph, UntraceableError, trace
 from bigvision.jobs.process.allocation import peak_bytes
 from bigvision.models.identity import graph_hash
 
@@ -37,14 +36,13 @@ class Analysis:
     graph: str = ""
 
 
+@lru_cache(maxsize=16)
 def analyse(model: nn.Module, shape: tuple[int, int, int]) -> Analysis:
     """Stride, exact halo and memory of `model` over a scene [C, H, W]; ValueError names what has no rule."""
-    channels, height, width = shape
     try:
-        stride = _stride(model, channels)
-        return _of_graph(model, (channels, *padded_size(height, width, stride)), stride)
+        return _of_graph(model, *trace_padded(model, shape))
     except UntraceableError:
-        return _of_probe(model, channels)
+        return _of_probe(model, shape[0])
 
 
 @lru_cache(maxsize=4)
@@ -56,18 +54,9 @@ def graph_of(model: nn.Module, channels: int) -> str:
         return ""
 
 
-@lru_cache(maxsize=4)
-def _stride(model: nn.Module, channels: int) -> int:
-    """The total stride, which no size of an image changes."""
-    nominal = trace(model, (channels, NOMINAL_SIZE, NOMINAL_SIZE))
-    return total_stride(nominal, flows(nominal))
-
-
-@lru_cache(maxsize=16)
-def _of_graph(model: nn.Module, padded: tuple[int, int, int], stride: int) -> Analysis:
-    traced = trace(model, padded)
-    known = geometry(traced)
-    alive = cost(traced).dense_peak_bytes / (padded[1] * padded[2])
+def _of_graph(model: nn.Module, traced: TracedGraph, stride: int) -> Analysis:
+    known, (_, height, width) = geometry(traced), traced.shape
+    alive = cost(traced).dense_peak_bytes / (height * width)
     return Analysis(
         stride, known.halo, known.inexact, alive, _weight_bytes(model), "graph", graph_hash(traced, model)
     )
