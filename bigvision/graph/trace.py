@@ -9,6 +9,8 @@ Legend: C channels, H rows and W columns of the image.
 from __future__ import annotations
 
 import contextlib
+import gc
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +32,7 @@ from bigvision.graph.outputs import main_output, tensors_alone
 from bigvision.graph.untouched import untouched
 from bigvision.graph.watch import UncarriedError, Watch, differentiable, without_needless_stops
 
+_TRACES, _TRACES_A_SWEEP = itertools.count(1), 8
 _INSIDE = "network."  # what a `_Called` network's own names begin with
 
 
@@ -96,6 +99,11 @@ def trace(model: nn.Module, shape: tuple[int, int, int], output: str | int | Non
     """
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"an image's shape is (channels, rows, columns), all positive, not {tuple(shape)}")
+    with _collected():
+        return _traced(model, shape, output)
+
+
+def _traced(model: nn.Module, shape: tuple[int, int, int], output: str | int | None) -> TracedGraph:
     called = _Called(model)
     program = _export(called, shape, type(model).__name__)
     signature = program.graph_signature
@@ -224,6 +232,28 @@ def _without_assertions(program: torch.export.ExportedProgram) -> torch.export.E
         if node.op == "call_function" and operator_name(node) == "_assert_tensor_metadata":
             program.graph.erase_node(node)
     return program
+
+
+@contextlib.contextmanager
+def _collected() -> Iterator[None]:
+    """Free what a trace leaves behind: circles that hold the network's weights, caches that grow with sizes.
+
+    Python would look for circles late, as they are few objects, if large ones. New objects are looked at each
+    time, and now and then all of them, for the graphs of streams that are gone.
+    """
+    alone = gc.get_freeze_count() == 0  # else it is the caller's, or another thread's
+    if alone:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        FakeTensorMode.cache_clear()  # torch keeps an entry of every operator at every size
+        everything = next(_TRACES) % _TRACES_A_SWEEP == 0
+        if alone and everything:
+            gc.unfreeze()
+        gc.collect()
+        if alone and not everything:
+            gc.unfreeze()
 
 
 @contextlib.contextmanager

@@ -124,6 +124,8 @@ def _pixels(node: fx.Node) -> int:
 def _window(x: Any, top: int, height: int, left: int, width: int) -> Any:
     if isinstance(x, tuple | list):  # several results, of which others may read more than this one
         return tuple(_window(part, top, height, left, width) for part in x)
+    if x.ndim < 2:  # the moments beside a batch norm's result, empty
+        return x
     if x.shape[-2] != height:
         x = x.narrow(-2, top, height)
     return x if x.shape[-1] == width else x.narrow(-1, left, width)

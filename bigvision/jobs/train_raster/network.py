@@ -6,7 +6,7 @@ Shapes: C bands, K classes, H and W rows and columns.
 import torch
 from torch import Tensor, nn
 
-from bigvision.graph.geometry import geometry
+from bigvision.graph.geometry import trace_padded
 from bigvision.graph.layout import UnsupportedOperatorError
 from bigvision.graph.outputs import main_output
 from bigvision.graph.trace import UntraceableError, trace
@@ -44,10 +44,11 @@ def build_network(options: TrainOptions, channels: int) -> tuple[ClassLogits, in
     model = ClassLogits(load_model(options.model, options.weights))
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    shape, stride = _output(model, channels)
-    if len(shape) != 4 or shape[2:] != (PROBE, PROBE):
+    side = options.crop or PROBE
+    shape, stride = _output(model, channels, side)
+    if len(shape) != 4 or shape[2] != shape[3] or shape[2] not in (side, -(-side // stride) * stride):
         raise ValueError(
-            f"model {options.model} turns {PROBE} x {PROBE} pixels into {shape}, not a map of their classes"
+            f"model {options.model} turns {side} x {side} pixels into {shape}, not a map of their classes"
         )
     if options.crop % stride:
         raise ValueError(f"--crop {options.crop} is not a multiple of the model's total stride {stride}")
@@ -56,15 +57,13 @@ def build_network(options: TrainOptions, channels: int) -> tuple[ClassLogits, in
     return model, shape[1]
 
 
-def _output(model: nn.Module, channels: int) -> tuple[tuple[int, ...], int]:
-    """Shape of the output for a probe image, and the total stride (1 where the graph doesn't tell)."""
+def _output(model: nn.Module, channels: int, side: int) -> tuple[tuple[int, ...], int]:
+    """Shape of the output for an image padded to the total stride, and that (1 where the graph has none)."""
     try:
-        traced = trace(model, (channels, PROBE, PROBE))
+        traced, stride = trace_padded(model, (channels, side, side))
     except UntraceableError:
         with torch.inference_mode():
-            return tuple(model(torch.zeros(1, channels, PROBE, PROBE)).shape), 1
-    try:
-        stride = geometry(traced).stride
+            return tuple(model(torch.zeros(1, channels, side, side)).shape), 1
     except UnsupportedOperatorError:
-        stride = 1
+        traced, stride = trace(model, (channels, side, side)), 1
     return tuple(traced.output.meta["val"].shape), stride
