@@ -154,9 +154,7 @@ class ResampledHandle:
     def _piece(
         self, window: Window, around: Window, bands: tuple[int, ...]
     ) -> tuple[Array, NDArray[np.bool_]]:
-        from rasterio.warp import reproject
-
-        profile, target = self.source.inner.profile, self.source.target
+        profile = self.source.inner.profile
         shape = (len(bands), window.height, window.width)
         out = np.empty(shape, profile.dtype)
         nodata = [profile.nodata_by_band[band] for band in bands]
@@ -167,30 +165,71 @@ class ResampledHandle:
             return out, shown
         data = self.inner.read(around, bands)
         valid = self.inner.valid(around, bands, data)
-        same = not self.source.reprojects
-        kind = _warped_dtype(profile.dtype)
-        for band, value in enumerate(nodata):
-            # The second band is alpha: missing pixels take no part, and the result tells where none had data.
-            hidden = np.where(valid[band], _OPAQUE, 0)
-            pair = np.stack([np.where(valid[band], data[band], 0).astype(kind), hidden.astype(kind)])
-            warped = np.zeros((2, *shape[1:]), kind)
-            reproject(
-                pair,
-                warped,
-                src_transform=profile.transform @ Affine.translation(around.col_off, around.row_off),
-                src_crs=_ANY_CRS if same else profile.crs,
-                dst_transform=target.transform @ Affine.translation(window.col_off, window.row_off),
-                dst_crs=_ANY_CRS if same else target.crs,
-                src_alpha=2,
-                dst_alpha=2,
-                resampling=target.resampling,
-                **({"tolerance": 0} if same else {}),
-            )
-            shown[band] = warped[1] > 0
-            pixels = warped[0].astype(profile.dtype)
-            avoid(pixels, shown[band], value)
-            out[band][shown[band]] = pixels[shown[band]]
+        if (picked := self._nearest(window, around)) is not None:
+            rows, columns, inside = picked
+            shown = valid[:, rows[:, None], columns] & inside
+            np.copyto(out, data[:, rows[:, None], columns], where=shown)
+            return out, shown
+        # Bands that miss the same pixels are warped together.
+        alike = bool((valid == valid[:1]).all())
+        for group in [slice(0, len(bands))] if alike else [slice(k, k + 1) for k in range(len(bands))]:
+            pixels, shown[group] = self._warp(data[group], valid[group.start], window, around)
+            for band, value in enumerate(nodata[group], group.start):
+                avoid(pixels[band - group.start], shown[band], value)
+                np.copyto(out[band], pixels[band - group.start], where=shown[band])
         return out, shown
+
+    def _nearest(
+        self, window: Window, around: Window
+    ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.bool_]] | None:
+        """Rows [H] and columns [W] of the part `around` that are nearest to a window's.
+
+        And whether they are in the source, [H, W]; None where the warper is needed.
+        """
+        profile, target = self.source.inner.profile, self.source.target
+        change = ~profile.transform @ target.transform
+        turned = max(abs(change.b), abs(change.d)) > 1e-9 * min(abs(change.a), abs(change.e))
+        if target.resampling != Resampling.nearest or self.source.reprojects or turned:
+            return None
+        picked, inside = [], []
+        for step, start, first, size, low, length in (
+            (change.e, change.f, window.row_off, window.height, around.row_off, profile.shape[1]),
+            (change.a, change.c, window.col_off, window.width, around.col_off, profile.shape[2]),
+        ):
+            # On the edge between two, up to rounding, the second is taken, as GDAL does.
+            place = np.floor(step * (first + np.arange(size) + 0.5) + start + 1e-6).astype(np.intp)
+            inside.append((place >= 0) & (place < length))
+            picked.append(np.clip(place, 0, length - 1) - low)
+        return picked[0], picked[1], inside[0][:, None] & inside[1]
+
+    def _warp(
+        self, data: Array, valid: NDArray[np.bool_], window: Window, around: Window
+    ) -> tuple[Array, NDArray[np.bool_]]:
+        """Bands [B, h, w] with one mask [h, w] as pixels of the window, and which of those have data."""
+        from rasterio.warp import reproject
+
+        profile, target = self.source.inner.profile, self.source.target
+        kind, count = _warped_dtype(profile.dtype), len(data)
+        # The last band is alpha: missing pixels take no part, and the result tells where none had data.
+        given = np.empty((count + 1, *data.shape[1:]), kind)
+        given[:count] = data
+        given[count] = valid.astype(np.uint8) * _OPAQUE
+        if not valid.all():
+            given[:count, ~valid] = 0
+        warped = np.zeros((count + 1, window.height, window.width), kind)
+        same = not self.source.reprojects
+        reproject(
+            given,
+            warped,
+            src_transform=profile.transform @ Affine.translation(around.col_off, around.row_off),
+            src_crs=_ANY_CRS if same else profile.crs,
+            dst_transform=target.transform @ Affine.translation(window.col_off, window.row_off),
+            dst_crs=_ANY_CRS if same else target.crs,
+            src_alpha=count + 1,
+            dst_alpha=count + 1,
+            resampling=target.resampling,
+        )
+        return warped[:count].astype(profile.dtype, copy=False), warped[count] > 0
 
     def _inner_window(self, window: Window) -> Window:
         """The inner pixels under a window, with the reach of the resampling kernel around them."""

@@ -107,6 +107,25 @@ def test_zarr_and_tiff_resample_alike(write_tif, noise, tmp_path, resampling: st
     assert np.array_equal(tiff.mask()[4:-4, 4:-4], zarr.mask()[4:-4, 4:-4])
 
 
+@pytest.mark.parametrize("shift", [0, 3, -700, 1e5])
+def test_a_stack_by_nearest_reaches_beyond_a_file(write_tif, noise, shift: float) -> None:
+    """Each pixel is the one of the coarse file that its centre lies in; there is none beyond the file."""
+    fine, coarse = noise(1, 40, 60), noise(1, 13, 17)
+    paths = [
+        write_tif(fine, "fine.tif"),
+        write_tif(coarse, "coarse.tif", transform=from_origin(500_000 + shift, 5_000_000 + shift, 30, 30)),
+    ]
+    read = open_raster(paths).read(masked=True)
+    for row in range(40):
+        for column in range(60):
+            x, y = 500_000 + 10 * (column + 0.5), 5_000_000 - 10 * (row + 0.5)
+            i, j = int((5_000_000 + shift - y) // 30), int((x - 500_000 - shift) // 30)
+            if 0 <= i < 13 and 0 <= j < 17:
+                assert read[1, row, column] == coarse[0, i, j]
+            else:
+                assert np.ma.getmaskarray(read)[1, row, column]
+
+
 def test_resampling_keeps_nodata_apart(write_tif, noise) -> None:
     data = noise(1, 40, 40)
     data[:, :, :20] = 0
