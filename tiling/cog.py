@@ -30,7 +30,7 @@ from tiling.missing import value_for
 from tiling.opening import open_raster
 from tiling.publish import begin, check_free, discard, followed, publish, writing
 from tiling.raster import Raster
-from tiling.replaceable import check_result, not_a_tiff
+from tiling.replaceable import check_alone, check_result, drop_sidecars, not_a_tiff
 from tiling.source import Array, Colormap, holds
 
 _DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64")
@@ -108,6 +108,7 @@ def to_cog(
         threads=threads or os.cpu_count() or 1,
         masked=False,
     )
+    check_alone(target)
     _check(plan, raster, target)
     with gdal_cache(cache):
         value = value_for(raster, kind, convert) if nodata is None else nodata
@@ -164,6 +165,7 @@ def _make(
             _check_written(final, target)
             check_free(target, overwrite, not_a_tiff)
             publish(final, target, replace=overwrite)
+            drop_sidecars(target)
         finally:
             discard(work)
     progress(1.0)

@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from tiling.behind import behind, check_apart
+from tiling.behind import SIDECARS, behind, check_apart
 from tiling.conventions import KEY
+from tiling.errors import RasterError
 from tiling.publish import check_free, check_room
 from tiling.raster import Raster
 
@@ -32,6 +33,23 @@ def check_result(
         check_apart([path], behind(address).places)
     check_free(path, overwrite, foreign, advice)
     check_room(path, math.prod(raster.shape) * raster.dtype.itemsize)
+
+
+def check_alone(path: Path) -> None:
+    """RasterError where files lie beside a free `path` that GDAL would read as part of a TIFF there."""
+    beside = [Path(f"{path}{ending}") for ending in SIDECARS if ending]
+    found = next((file for file in beside if file.exists()), None)
+    if found is not None and not path.exists():
+        raise RasterError(
+            f"{path}: {found} would be read as a part of it; move that away, or give another name"
+        )
+
+
+def drop_sidecars(path: Path) -> None:
+    """Remove what told of the TIFF that stood at `path`: its successor has its own masks and overviews."""
+    for ending in SIDECARS:
+        if ending:
+            Path(f"{path}{ending}").unlink(missing_ok=True)
 
 
 def not_a_tiff(path: Path) -> str | None:

@@ -1,5 +1,6 @@
 """A raster into sharded, multiscale zarr."""
 
+import sys
 from pathlib import Path
 
 from tiling import Raster, open_raster, to_zarr
@@ -10,4 +11,8 @@ def ingest(scene: str, out: Path, *, overwrite: bool = False) -> Raster:
     """Copy `scene` into the zarr store `out`; ValueError (RasterError) where it can't be read or written."""
     raster = open_raster(scene)
     check_result(out, raster, not_a_store, overwrite, advice="--overwrite replaces it")
-    return to_zarr(raster, out, overwrite=overwrite)
+    try:
+        return to_zarr(raster, out, overwrite=overwrite)
+    except KeyboardInterrupt:
+        print(f"bigvision: stopped: {out} isn't written, and nothing of it is kept", file=sys.stderr)
+        raise

@@ -42,6 +42,7 @@ def test_a_stopped_copy_leaves_nothing(tmp_path: Path, command: str, number: sig
     process.send_signal(number)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "Traceback" not in told
+    assert f"bigvision: stopped: {out} isn't written" in told
     assert {path.name for path in tmp_path.iterdir()} == before
 
 

@@ -134,6 +134,24 @@ def test_only_what_the_same_kind_of_command_wrote_is_replaced(scene, tmp_path) -
     to_zarr(raster, tmp_path / "fresh", overwrite=True)
 
 
+def test_a_sidecar_is_not_taken_for_a_part_of_the_copy(scene, tmp_path, write_tif, noise) -> None:
+    """A mask beside the name hides pixels; one of the TIFF that is replaced goes with it."""
+    raster, out = open_raster(scene), tmp_path / "out.tif"
+    shown = np.zeros((70, 90), bool)
+    with (
+        rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False),
+        rasterio.open(write_tif(noise(1), "out.tif"), "r+") as file,
+    ):
+        file.write_mask(shown)
+    assert (tmp_path / "out.tif.msk").exists() and not open_raster(out).mask().any()
+    assert to_cog(raster, out, overwrite=True).mask().all()
+    assert not (tmp_path / "out.tif.msk").exists()
+    (tmp_path / "free.tif.msk").write_text("someone's")
+    with pytest.raises(RasterError, match=r"free\.tif: .*free\.tif\.msk would be read as a part of it"):
+        to_cog(raster, tmp_path / "free.tif")
+    assert (tmp_path / "free.tif.msk").read_text() == "someone's"
+
+
 def test_a_link_is_followed_and_stays_a_link(scene, tmp_path) -> None:
     raster = open_raster(scene)
     (tmp_path / "far").mkdir()
