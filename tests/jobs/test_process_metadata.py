@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import rasterio
 from process_scenes import random_pixels, read, write_scene
 from rasterio.control import GroundControlPoint
 
 from bigvision.jobs.process import Options, run_scene
+from tiling import open_raster
 
 NETWORK = f"{Path(__file__).with_name('process_networks.py')}:random_net?seed=3&bands=2"
 _PARTS = ("LINE", "SAMP", "LAT", "LONG", "HEIGHT")
@@ -36,6 +38,25 @@ def test_control_points_and_coefficients_are_those_of_the_scene(tmp_path: Path) 
         assert [p.asdict() for p in one.gcps[0]] == [p.asdict() for p in other.gcps[0]]
         assert one.gcps[1] == other.gcps[1] and one.tags(ns="RPC") == other.tags(ns="RPC")
         assert other.scales[0] == 1.0
+
+
+def test_a_mask_beside_the_name_of_a_result_hides_nothing(tmp_path: Path) -> None:
+    scene, target = tmp_path / "scene.tif", tmp_path / "out.tif"
+    write_scene(scene, random_pixels((2, 30, 40)))
+    beside = tmp_path / "out.tif.msk"
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False):
+        write_scene(target, random_pixels((1, 30, 40)))
+        with rasterio.open(target, "r+") as file:
+            file.write_mask(np.zeros((30, 40), bool))
+    target.rename(tmp_path / "away.tif")
+    with pytest.raises(ValueError, match=r"out\.tif\.msk would be read as a part of it"):
+        run_scene((str(scene),), target, options())
+    assert beside.exists()
+    beside.rename(tmp_path / "away.tif.msk")
+    run_scene((str(scene),), target, options())
+    (tmp_path / "away.tif.msk").rename(beside)  # a mask that someone gave the result
+    run_scene((str(scene),), target, options(overwrite=True, threshold=0.4))
+    assert not beside.exists() and open_raster(target).mask().all()
 
 
 def test_scale_and_offset_are_applied_when_asked_for_and_named_otherwise(tmp_path: Path) -> None:

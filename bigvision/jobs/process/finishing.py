@@ -8,6 +8,7 @@ import numpy as np
 from bigvision.jobs.process.ledger import Ledger
 from tiling import ZarrWriter, to_cog
 from tiling.publish import discard, publish
+from tiling.replaceable import drop_sidecars
 
 Fraction = Callable[[float], object]
 
@@ -43,4 +44,7 @@ def finish(
         threads=2,
         progress=progress,
     )
+    replaced = target.exists()
     publish(ledger.draft, target, replace=overwrite)
+    if replaced:
+        drop_sidecars(target)

@@ -14,7 +14,7 @@ from bigvision.routing.record import load_record
 from bigvision.routing.route_file import load_route
 from tiling import RasterError, open_raster
 from tiling.behind import behind, check_apart, check_file
-from tiling.replaceable import not_a_store
+from tiling.replaceable import check_alone, not_a_store
 
 
 def check_places(paths: Sequence[str], target: Path, options: Options) -> None:
@@ -22,6 +22,8 @@ def check_places(paths: Sequence[str], target: Path, options: Options) -> None:
     check_apart(places_written(target, options), places_read(paths, target, options))
     if os.path.lexists(target):
         fingerprint_at(target)
+    elif target.suffix != ".zarr":
+        check_alone(target)
     if options.route is not None:
         _check_record(target)
 
