@@ -15,6 +15,15 @@ class Output(StrEnum):
     logits = "logits"
 
 
+class Activation(StrEnum):
+    """What turns the network's output into probabilities."""
+
+    auto = "auto"
+    none = "none"
+    sigmoid = "sigmoid"
+    softmax = "softmax"
+
+
 class Format(StrEnum):
     """The container of the result."""
 
@@ -92,6 +101,10 @@ def process(
     std: Annotated[str | None, typer.Option(help="Standard deviation of each band.")] = None,
     scale: Annotated[float, typer.Option(help="Divide the values by this first.")] = 1.0,
     output: Annotated[Output, typer.Option(help="What to write.")] = Output.classes,
+    activation: Annotated[
+        Activation,
+        typer.Option(help="Makes probabilities of the output; none: it gives them. auto looks at a trial."),
+    ] = Activation.auto,
     threshold: Annotated[float, typer.Option(help="Of the probability of a one-channel output.")] = 0.5,
     format: Annotated[Format, typer.Option(help="Container of the result.")] = Format.cog,
     engine: Annotated[Engine, typer.Option(help="How the network passes over the scene.")] = Engine.auto,
@@ -151,6 +164,7 @@ def process(
         std=numbers(std, "--std"),
         scale=scale,
         output=output.value,
+        activation=activation.value,
         threshold=threshold,
         format=format.value,
         engine=engine.value,

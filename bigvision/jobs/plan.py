@@ -22,7 +22,6 @@ from bigvision.jobs.process.network import Network, load_network, network_for, n
 from bigvision.jobs.process.options import Options
 from bigvision.jobs.process.planning import Plan, plan_scene
 from bigvision.jobs.process.precision import choose_precision
-from bigvision.jobs.process.results import ResultKind
 from bigvision.jobs.process.scene import open_scene
 from bigvision.jobs.process.stream import program_of
 from bigvision.models.spec import load_model
@@ -123,7 +122,7 @@ class _Planner:
         self.shape = self.scene.shape
         self.spec = network_spec(options, self.shape[0])
         self.network: Network = network_for(self.scene.raster.name, self.spec)
-        self.kind = ResultKind(options.output, self.network.classes, options.threshold)
+        self.kind = self.network.nature.result(options)
         self.analysis = analyse(self.network.module, self.shape)
         self.precision = choose_precision(self.scene, self.spec, options, self.kind, self.analysis.stride)
 

@@ -61,6 +61,7 @@ class SceneRouter:
         cheap, full: networks in eval mode of one output, on `device` and in `dtype`.
         spec: the route.
         gate: the learned gate of such a route; read from its file where absent.
+        logits: makes logits, which gates compare, of an output [K, h, w]: of probabilities, their logarithm.
         max_pixels: most pixels computed at once.
 
     Raises:
@@ -76,11 +77,13 @@ class SceneRouter:
         spec: RouteSpec,
         *,
         gate: LinearScorer | None = None,
+        logits: Callable[[Tensor], Tensor] = lambda output: output,
         max_pixels: int = 2048 * 2048,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
     ) -> None:
         self.source, self.spec, self.dtype, self.device = source, spec, dtype, device
+        self.logits = logits
         channels, height, width = source.shape
         networks = zip(NAMES, (cheap, full), strict=True)
         self.experts = [RegionExpert(name, one, channels, (height, width)) for name, one in networks]
@@ -255,7 +258,10 @@ class SceneRouter:
 
     def _score(self, logits: Tensor, valid: NDArray[np.bool_], pixels: NDArray[np.float32]) -> float:
         """What the gate says of one region, 0..1, from its pixels with data."""
-        shown = torch.from_numpy(valid)
+        logits = self.logits(logits)
+        shown = torch.from_numpy(valid) & logits.isfinite().all(0)
+        if not shown.any():
+            return 1.0  # the cheap network has nothing to say: as unsure as can be
         if self.gate is None:
             kind = entropy if self.spec.gate == "entropy" else margin
             return float(kind(logits[None])[0][shown].mean())

@@ -52,7 +52,7 @@ def begin(
         ValueError: nothing can be cut, or what is finished can't be gone on with in this memory.
     """
     network = load_network(spec)
-    kind = ResultKind(options.output, network.classes, options.threshold)
+    kind = network.nature.result(options)
     record, wrong = ledger.read()
     told = f"the unfinished run in {ledger.folder} was damaged ({wrong}) and is made anew" if wrong else ""
     if record is not None and record["fingerprint"] == origin.fingerprint:

@@ -81,7 +81,7 @@ class Ledger:
         harmed, sound = 0, set[str]()
         for unit in {*self.done(), *self.strips.units()}:
             stamps: dict[str, Stamp] = {}
-            for _, those in sorted(self.strips.lines(unit), key=lambda line: line[0]):
+            for _, those, _ in sorted(self.strips.lines(unit), key=lambda line: line.rows):
                 stamps |= those
             mark = self._mark(unit) if unit in self.done() else None
             if mark is not None:

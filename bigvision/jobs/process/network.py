@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bigvision.graph.outputs import OutputError, main_output
 from bigvision.jobs.process.folding import fold_batch_norms
+from bigvision.jobs.process.nature import LOGITS, Nature, nature_of
 from bigvision.jobs.process.options import Options
 from bigvision.models.identity import architecture_hash, state_hash
 from bigvision.models.spec import first_line, load_model, parse_spec
@@ -52,7 +53,7 @@ class Network:
     """A module in its final form.
 
     classes: K. state: hash of its parameters and buffers as loaded; architecture: of how it prints itself.
-    compile: tiles run through `torch.compile`, streams with their operators merged.
+    compile: tiles run through `torch.compile`, streams with their operators merged. nature: of its output.
     """
 
     module: nn.Module
@@ -62,6 +63,7 @@ class Network:
     state: str
     architecture: str
     compile: bool = False
+    nature: Nature = LOGITS
 
     @cached_property
     def forward(self) -> Callable[..., Any]:
@@ -89,13 +91,13 @@ def load_network(spec: NetworkSpec) -> Network:
         raise ValueError(f"{changed}: changed while the command runs; type it again to use it as it is now")
     module = load_model(spec.model, spec.weights, trust=spec.trust)
     state, architecture = state_hash(module), architecture_hash(module)
-    classes = _try_out(module, spec.model, spec.channels)
+    module, nature = _try_out(module, spec.model, spec.channels)
     if not parse_spec(spec.model).is_program:
         fold_batch_norms(module, _example(spec.channels))
     dtype = getattr(torch, spec.dtype)
     module.to(device=spec.device, dtype=dtype)
     module.to(memory_format=torch.channels_last)
-    return Network(module, classes, dtype, spec.device, state, architecture, spec.compile)
+    return Network(module, nature.channels, dtype, spec.device, state, architecture, spec.compile, nature)
 
 
 def network_for(scene: str, spec: NetworkSpec) -> Network:
@@ -129,8 +131,11 @@ def _stamp(model: str, weights: Path | None) -> tuple[tuple[str, int, int], ...]
 
 
 @torch.inference_mode()
-def _try_out(module: nn.Module, name: str, channels: int) -> int:
-    """K, from one small image; ValueError for another band count, a failing forward, an unusable output."""
+def _try_out(module: nn.Module, name: str, channels: int) -> tuple[nn.Module, Nature]:
+    """The network with an output of four axes, and what that is, from small images.
+
+    ValueError for another band count, a failing forward, an unusable output.
+    """
     seen: list[int] = []
     hooks = [
         conv.register_forward_pre_hook(lambda conv, _: seen.append(conv.in_channels))
@@ -138,7 +143,9 @@ def _try_out(module: nn.Module, name: str, channels: int) -> int:
         if isinstance(conv, nn.Conv2d)
     ]
     try:
-        output = module(_example(channels))
+        output = main_output(module(_example(channels)))
+    except OutputError as error:
+        raise OutputError(f"model {name}: {error}") from error
     except Exception as error:
         if seen and seen[0] != channels:
             raise BandsError(
@@ -150,16 +157,31 @@ def _try_out(module: nn.Module, name: str, channels: int) -> int:
     finally:
         for hook in hooks:
             hook.remove()
-    try:
-        output = main_output(output)
-    except OutputError as error:
-        raise OutputError(f"model {name}: {error}") from error
-    if output.ndim != 4 or output.shape[-2:] != (_TRIAL, _TRIAL):
+    if output.ndim not in (3, 4) or len(output) != 1 or output.shape[-2:] != (_TRIAL, _TRIAL):
         raise ValueError(
             f"model {name} turns 1 x {channels} x {_TRIAL} x {_TRIAL} into {tuple(output.shape)}: "
             "an output of the image's height and width is needed"
         )
-    return output.shape[1]
+    flat = output.ndim == 3
+    try:
+        run = WithChannel(module) if flat else lambda x: main_output(module(x))
+        nature = nature_of(run, _example(channels))
+    except ValueError as error:
+        raise ValueError(f"model {name}: {error}") from error
+    return WithChannel(module) if flat else module, nature
+
+
+class WithChannel(nn.Module):
+    """A network of [B, H, W] as one of [B, 1, H, W]."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The network's output that counts, with an axis for its one channel."""
+        output: Tensor = main_output(self.network(x))
+        return output.unsqueeze(1)
 
 
 def _example(channels: int) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 
 _CHOICES = {
     "output": ("classes", "probabilities", "logits"),
+    "activation": ("auto", "none", "sigmoid", "softmax"),
     "format": ("cog", "zarr"),
     "engine": ("auto", "tiles", "stream"),
     "dtype": ("auto", "float32", "bfloat16"),
@@ -32,6 +33,7 @@ class Options:
     std: tuple[float, ...] | None = None
     scale: float = 1.0
     output: str = "classes"
+    activation: str = "auto"
     threshold: float = 0.5
     format: str = "cog"
     engine: str = "auto"

@@ -14,11 +14,18 @@ Colormap = dict[int, tuple[int, int, int, int]]
 
 @dataclass(frozen=True)
 class ResultKind:
-    """What one pixel of the result is. `channels`: K of the network; one channel is a binary map."""
+    """What one pixel of the result is.
+
+    channels: K of the network; one channel is a binary map. activation: what turns the network's output into
+    probabilities: "auto" is sigmoid of one channel and softmax of several; "none" where they are
+    probabilities already; "classes" where the output is a class map. most: classes that such a map may have.
+    """
 
     output: str
     channels: int
     threshold: float
+    activation: str = "auto"
+    most: int = 0
 
     @property
     def bands(self) -> int:
@@ -30,7 +37,12 @@ class ResultKind:
         """Of the pixels written."""
         if self.output != "classes":
             return "float32"
-        return "uint8" if self.channels <= 255 else "uint16"
+        return "uint8" if self._classes <= 255 else "uint16"
+
+    @property
+    def _classes(self) -> int:
+        """How many there may be."""
+        return self.most or self.channels
 
     @property
     def nodata(self) -> float:
@@ -52,21 +64,61 @@ class ResultKind:
         """A colour for each class; None where classes aren't what is written."""
         if self.output != "classes" or self.dtype != "uint8":
             return None
-        return {k: _color(k) for k in range(max(2, self.channels))}
+        return {k: _color(k) for k in range(max(2, self._classes))}
 
     def convert(self, logits: Tensor) -> Tensor:
         """[K, h, w] logits of any float type -> [B, h, w] pixels of `dtype`."""
         if self.output == "logits":
             return logits.float()
         if self.output == "probabilities":
-            return logits.float().sigmoid() if self.channels == 1 else logits.float().softmax(0)
+            return self.probabilities(logits)
         return self.classes(logits)[None].to(getattr(torch, self.dtype))
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """[K, h, w] of the network's output -> float32 [K, h, w]."""
+        if self.activation == "none":
+            return logits.float()
+        if self.activation == "sigmoid" or self.channels == 1:
+            return logits.float().sigmoid()
+        return logits.float().softmax(0)
+
     def classes(self, logits: Tensor) -> Tensor:
-        """[K, h, w] logits -> int64 or bool [h, w] classes; of equal logits the first wins."""
+        """[K, h, w] logits -> int64 or bool [h, w] classes; of equal logits the first wins.
+
+        Raises:
+            ValueError: a class of a class map that the result can't hold.
+        """
+        if self.activation == "classes":
+            return self._of_map(logits[0])
         if self.channels == 1:
-            return logits[0].float().sigmoid() > self.threshold
+            return self.probabilities(logits)[0] > self.threshold
         return logits.argmax(0)
+
+    def _of_map(self, classes: Tensor) -> Tensor:
+        if classes.is_floating_point():
+            classes = classes.nan_to_num(0, 0, 0)
+        if classes.dtype != torch.bool:
+            least, most = (int(value) for value in classes.aminmax())
+            if least < 0 or most >= self.most:
+                raise ValueError(
+                    f"the network gave class {least if least < 0 else most}: a result of {self.dtype} holds "
+                    f"classes 0 to {self.most - 1}"
+                )
+        return classes.long()
+
+    def logits(self, output: Tensor) -> Tensor:
+        """[..., K, h, w] of the network's output as logits, which a gate compares: log(p), of one channel
+        log(p / (1 - p))."""
+        if self.activation != "none":
+            return output
+        p = output.float()
+        return p.logit(1e-7) if self.channels == 1 else p.clamp_min(1e-30).log()
+
+    def spoilt(self, output: Tensor) -> Tensor | None:
+        """Where a pixel of [K, h, w] has a NaN or infinite value, bool [h, w]; None where none has."""
+        if not output.is_floating_point() or bool(output.sum(dtype=torch.float32).isfinite()):
+            return None  # a finite sum has finite parts
+        return ~output.isfinite().all(0)
 
 
 def _color(k: int) -> tuple[int, int, int, int]:

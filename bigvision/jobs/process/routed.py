@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from rasterio.windows import Window
 from torch import Tensor
 
+from bigvision.jobs.process.engine import Piece
 from bigvision.jobs.process.finishing import finish
 from bigvision.jobs.process.geometry import graph_of
 from bigvision.jobs.process.ledger import Ledger
-from bigvision.jobs.process.network import NetworkSpec, load_network, network_spec
+from bigvision.jobs.process.network import Network, NetworkSpec, load_network, network_spec
 from bigvision.jobs.process.options import Options
 from bigvision.jobs.process.region_store import RegionStore, file_side
 from bigvision.jobs.process.results import ResultKind
@@ -38,6 +39,7 @@ from bigvision.jobs.process.route_state import (
     record_file,
 )
 from bigvision.jobs.process.scene import Scene
+from bigvision.jobs.process.strips import written
 from bigvision.models.identity import network_identity
 from bigvision.routing.merging import Rectangle
 from bigvision.routing.plan import RoutePlan
@@ -68,11 +70,13 @@ class RouteWatcher(Protocol):
 
 @dataclass(frozen=True)
 class Routed:
-    """What became of the regions: one line for the table, pixels computed in this run, dtype."""
+    """What became of the regions: one line for the table, pixels computed in this run, dtype, and how many
+    pixels with data came to nothing in this run."""
 
     summary: str
     computed: int
     dtype: str
+    lost: int = 0
 
 
 def route_of(options: Options) -> RouteSpec:
@@ -126,8 +130,8 @@ def run_routed(
     begun = time.perf_counter()
     job.score_all()
     wanted = router.decide(state.score, state.data)
-    written = np.where(job.wanted, wanted, -1).astype(np.int16)
-    job.bring_to(written)
+    ours = np.where(job.wanted, wanted, -1).astype(np.int16)
+    job.bring_to(ours)
     seconds = time.perf_counter() - begun
     record = _record(scene, wanted, state, router.spec, base)
     ready()
@@ -143,7 +147,8 @@ def run_routed(
         watcher.finishing,
         overwrite=options.overwrite,
     )
-    return Routed(_summary(record, router.plan(written, job.pace), seconds), job.pixels, dtype)
+    summary = _summary(record, router.plan(ours, job.pace), seconds)
+    return Routed(summary, job.pixels, dtype, int(job.lost.sum()))
 
 
 def _router(scene: Scene, spec: NetworkSpec, options: Options) -> tuple[SceneRouter, ResultKind]:
@@ -152,16 +157,31 @@ def _router(scene: Scene, spec: NetworkSpec, options: Options) -> tuple[SceneRou
     full_spec = replace(spec, dtype=route_dtype(options), compile=False)
     full = load_network(full_spec)
     cheap = load_network(full_spec.of(route.model, route.weights))
+    kind = _routed_kind(cheap, full, options)
     router = SceneRouter(
         scene,
         cheap.module,
         full.module,
         route,
+        logits=kind.logits,
         max_pixels=max(_MAX_PIXELS, route.region**2),
         dtype=full.dtype,
         device=full.device,
     )
-    return router, ResultKind(options.output, full.classes, options.threshold)
+    return router, kind
+
+
+def _routed_kind(cheap: Network, full: Network, options: Options) -> ResultKind:
+    """What is written of both; ValueError where they give things of another kind, or no logits to compare."""
+    kinds = [network.nature.result(options) for network in (cheap, full)]
+    if "classes" in (kinds[0].activation, kinds[1].activation):
+        raise ValueError("--route compares logits or probabilities: a network gives a class map")
+    if kinds[0].activation != kinds[1].activation:
+        raise ValueError(
+            f"--route: the cheap network's output is {cheap.nature.kind}, the full one's "
+            f"{full.nature.kind}: both must give the same (--activation says what both are)"
+        )
+    return kinds[1]
 
 
 def base_fingerprint(record: dict[str, object]) -> str:
@@ -193,6 +213,7 @@ class _Job:
             frame.col_off // side : -(-(frame.col_off + frame.width) // side),
         ] = True
         self.pixels = 0
+        self.lost = np.zeros(router.grid, np.int64)  # by region: what another network gives counts instead
         self.seconds, self.flops = [0.0, 0.0], [0.0, 0.0]
 
     @property
@@ -242,10 +263,23 @@ class _Job:
         self.seconds[expert] += time.perf_counter() - begun
         self.flops[expert] += sum(self.router.flops(expert, one.box) for one in rectangles)
 
+    def _count_lost(self, window: Window, bad: NDArray[np.bool_] | None) -> None:
+        """Pixels of a window of whole regions that came to nothing, region by region."""
+        side = self.router.spec.region
+        top, left = window.row_off // side, window.col_off // side
+        tall, wide = -(-window.height // side), -(-window.width // side)
+        if bad is None:
+            self.lost[top : top + tall, left : left + wide] = 0
+            return
+        for row, col in np.ndindex(tall, wide):
+            part = bad[row * side : (row + 1) * side, col * side : (col + 1) * side]
+            self.lost[top + row, left + col] = np.count_nonzero(part)
+
     def _emit(self, window: Window, logits: Tensor, valid: NDArray[np.bool_]) -> None:
-        shown = valid & self.scene.inside(window)
+        pixels, shown, bad = written(Piece(window, logits, valid & self.scene.inside(window)), self.kind)
+        self._count_lost(window, bad)
         result = np.full((self.kind.bands, window.height, window.width), self.kind.nodata, self.kind.dtype)
-        np.copyto(result, self.kind.convert(logits).numpy(), where=shown)
+        np.copyto(result, pixels, where=shown)
         part = _overlap(window, self.scene.frame)
         if part is not None:
             rows, columns = _within(window, part)

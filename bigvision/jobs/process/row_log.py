@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tiling.shards import Stamp
 
@@ -20,10 +21,11 @@ class RowLog:
 
     folder: Path
 
-    def add(self, unit: int, rows: int, stamps: Mapping[str, Stamp] | None = None) -> None:
-        """Note that the first `rows` rows of a unit are stored. Two who compute one unit may both say so."""
+    def add(self, unit: int, rows: int, stamps: Mapping[str, Stamp] | None = None, spoilt: int = 0) -> None:
+        """Note that the first `rows` rows of a unit are stored, and in the last strip of them so many pixels
+        with data came to nothing. Two who compute one unit may both say so."""
         self.folder.mkdir(exist_ok=True)
-        line = json.dumps([rows, stamps or {}]).encode() + b"\n"
+        line = json.dumps([rows, stamps or {}, spoilt]).encode() + b"\n"
         file = os.open(self.folder / str(unit), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             os.write(file, line)
@@ -41,10 +43,15 @@ class RowLog:
 
     def rows(self, unit: int) -> int:
         """How many rows of a unit are stored, from its top."""
-        return max((rows for rows, _ in self.lines(unit)), default=0)
+        return max((line.rows for line in self.lines(unit)), default=0)
 
-    def lines(self, unit: int) -> list[tuple[int, dict[str, Stamp]]]:
-        """What is noted of a unit: rows, and the stamps of the strip that ends there."""
+    def spoilt(self) -> int:
+        """Pixels of all units that have data, but came to nothing."""
+        strips = {(unit, line.rows): line.spoilt for unit in self.units() for line in self.lines(unit)}
+        return sum(strips.values())
+
+    def lines(self, unit: int) -> list["Line"]:
+        """What is noted of a unit."""
         try:
             text = (self.folder / str(unit)).read_text(encoding="ascii", errors="replace")
         except OSError:
@@ -53,19 +60,27 @@ class RowLog:
 
     def cut(self, unit: int, lost: set[str]) -> None:
         """Forget a unit's rows from the first strip on that has one of the shards `lost`."""
-        kept = sorted(self.lines(unit), key=lambda line: line[0])
-        end = next((k for k, (_, stamps) in enumerate(kept) if lost & {*stamps}), len(kept))
+        kept = sorted(self.lines(unit), key=lambda line: line.rows)
+        end = next((k for k, line in enumerate(kept) if lost & {*line.stamps}), len(kept))
         if end < len(kept):
             (self.folder / str(unit)).unlink()
-            for rows, stamps in kept[:end]:
-                self.add(unit, rows, stamps)
+            for line in kept[:end]:
+                self.add(unit, line.rows, line.stamps, line.spoilt)
 
 
-def _parsed(line: str) -> tuple[int, dict[str, Stamp]] | None:
+class Line(NamedTuple):
+    """Rows of a unit from its top, the stamps of the strip that ends there, and its pixels that came to
+    nothing."""
+
+    rows: int
+    stamps: dict[str, Stamp]
+    spoilt: int
+
+
+def _parsed(line: str) -> Line | None:
     try:
-        rows, stamps = json.loads(line)
-        return int(rows), {
-            str(name): None if one is None else (one[0], one[1]) for name, one in stamps.items()
-        }
+        rows, stamps, spoilt = json.loads(line)
+        known = {str(name): None if one is None else (one[0], one[1]) for name, one in stamps.items()}
+        return Line(int(rows), known, int(spoilt))
     except (ValueError, TypeError, AttributeError, LookupError):
         return None

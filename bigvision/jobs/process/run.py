@@ -18,7 +18,6 @@ from bigvision.jobs.process.places import check_places, fingerprint_at, is_ours
 from bigvision.jobs.process.planning import Plan
 from bigvision.jobs.process.previous import Previous, Reuse, copy_unchanged, open_previous, reuse_of
 from bigvision.jobs.process.provenance import Provenance, provenance
-from bigvision.jobs.process.results import ResultKind
 from bigvision.jobs.process.routed import run_routed
 from bigvision.jobs.process.scene import Scene, open_scene
 from bigvision.jobs.process.units import Work
@@ -89,12 +88,14 @@ def run_scene(
     reuse = reuse_of(target, scene, options)
     if reuse is not None:
         origin = origin.reusing(reuse.rule, reuse.source)
+    nature = load_network(spec).nature
+    nature.result(options)  # or it says what the network hasn't
     pixels = scene.frame.height * scene.frame.width
     outcome = Outcome(
         without_secrets(scene.raster.name),
         str(target),
         "done",
-        warning=_warning(scene, origin),
+        warning=_warning(scene, origin, nature.told(options)),
         pixels=pixels,
     )
     if os.path.lexists(target) and is_ours(target, origin, options):
@@ -106,6 +107,7 @@ def run_scene(
             routed = run_routed(ledger, target, scene, spec, options, origin, watcher, ready)
             ledger.remove()
             seconds = time.perf_counter() - begun
+            outcome = _with_loss(outcome, routed.lost)
             return replace(outcome, computed=routed.computed, seconds=seconds, routed=routed.summary)
         previous = _previous(target, paths, scene, spec, options, origin, reuse)
         beginning = begin(ledger, target, scene, spec, options, origin)
@@ -121,17 +123,20 @@ def run_scene(
             finish(ledger, writer, target, tags, watcher.finishing, overwrite=options.overwrite)
         except KeyboardInterrupt as stop:
             raise Interrupted(1.0) from stop
+        outcome = _with_loss(outcome, ledger.strips.spoilt())
         ledger.remove()
     told = "" if previous is None else f"{copied / pixels:.0%} as in {previous}"
     seconds = time.perf_counter() - begun
     return replace(outcome, computed=computed, seconds=seconds, plan=plan, routed=told)
 
 
-def _warning(scene: Scene, origin: Provenance) -> str:
+def _warning(scene: Scene, origin: Provenance, nature: str) -> str:
     """What the user should know of a scene before it is believed."""
     raster, about = scene.raster, scene.raster.profile.metadata
     placed = raster.crs is not None or about.gcps or about.rpcs
-    told = [] if placed else ["the scene has no CRS, so the result has none"]
+    told = [nature] if nature else []
+    if not placed:
+        told.append("the scene has no CRS, so the result has none")
     if about.scaled:
         band = next(band for band in about.bands if band.scaled)
         told.append(
@@ -144,6 +149,17 @@ def _warning(scene: Scene, origin: Provenance) -> str:
             "and typed again, the command doesn't take this result for its own"
         )
     return "; ".join(told)
+
+
+def _with_loss(outcome: Outcome, lost: int) -> Outcome:
+    """The same, which says how many pixels with data came to nothing."""
+    if not lost:
+        return outcome
+    told = (
+        f"{lost} of {outcome.pixels} pixels have data but are nodata in the result: what the network gave "
+        "there is NaN or infinite"
+    )
+    return outcome.warned(told)
 
 
 def _check_ready(target: Path, scene: Scene, origin: Provenance, paths: tuple[str, ...]) -> None:
@@ -191,7 +207,7 @@ def _compute(
     pixels = work.pixels_left()
     watcher.planned(scene.raster.name, plan, work.pixels, pixels)
     final = replace(spec, dtype=plan.dtype, compile=options.compile)
-    kind = ResultKind(options.output, load_network(spec).classes, options.threshold)
+    kind = load_network(spec).nature.result(options)
     engine = plan.runs(work.store, ledger.rows, scene.shape[1:])
     threads = threads_each(options)
     work.run(Work(scene, final, engine, kind, writer, ledger, threads), client, watcher.computed)

@@ -130,16 +130,17 @@ class UnitRunner:
         self.halt.set()
 
     def _store(
-        self, unit: Tile, known: int, pixels: NDArray[Any], window: Window
+        self, unit: Tile, known: int, pixels: NDArray[Any], window: Window, spoilt: int
     ) -> tuple[int, dict[str, Stamp]]:
         """Rows of the unit that are noted as stored after this strip; its stamps, where the mark has them."""
         place = self.work.scene.framed(window)
         self.work.writer.write(pixels, place)
         stamps = settle(self.work.writer, place)
         done = window.row_off + window.height - unit.core.row_off
+        if done < unit.core.height or spoilt:
+            self.work.ledger.strips.add(unit.index, done, stamps, spoilt)
         if done == unit.core.height:
             return known, stamps
-        self.work.ledger.strips.add(unit.index, done, stamps)
         self._tell((done - known) * window.width)
         return done, {}
 
