@@ -67,10 +67,10 @@ def test_strips_hold_what_the_pieces_hold(
         for a, b in pairwise(edges)
     )
     found = list(strips(pieces, core, rows, kind))
-    assert [window.row_off for _, window in found] == list(range(20, 20 + height, rows))
+    assert [window.row_off for _, window, _ in found] == list(range(20, 20 + height, rows))
     expected = np.where(valid, logits.argmax(0), 255)
     expected[: edges[0]] = expected[edges[-1] :] = 255
-    np.testing.assert_array_equal(np.concatenate([pixels for pixels, _ in found], axis=1)[0], expected)
+    np.testing.assert_array_equal(np.concatenate([pixels for pixels, _, _ in found], axis=1)[0], expected)
 
 
 class TestFolding:
