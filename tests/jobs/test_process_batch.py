@@ -1,15 +1,23 @@
 """Which scenes a command has, what their results are called, and that one damaged file stops no other."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from process_scenes import random_pixels, write_scene
+from torch import nn
 
 from bigvision.jobs.process import Options, job
 from bigvision.jobs.process.batch import find_scenes
+from bigvision.jobs.process.geometry import Analysis
+from bigvision.jobs.process.places import check_batch
+from bigvision.jobs.process.planning import plan_scene
+from bigvision.jobs.process.precision import Precision
+from bigvision.jobs.process.report import check_report, write_report
+from bigvision.jobs.process.results import ResultKind
 from bigvision.jobs.process.run import Outcome
 from tiling import RasterError, open_raster, to_zarr
 
@@ -157,3 +165,55 @@ class TestDamagedStores:
         shard = next(path for path in (store / "0" / "c").rglob("*") if path.is_file())
         shard.write_bytes(np.random.default_rng(0).bytes(shard.stat().st_size))
         self.refused(store)
+
+
+class TestPlacesOfABatch:
+    """A result of one scene never takes the place of what another one is read from, nor does the report."""
+
+    @pytest.fixture
+    def found(self, tmp_path: Path) -> list[tuple[tuple[str, ...], Path]]:
+        for folder in ("x", "z"):
+            (tmp_path / folder).mkdir()
+            write_scene(tmp_path / folder / "a.tif", random_pixels((1, 8, 8)))
+        (tmp_path / "m.vrt").write_text(
+            '<VRTDataset rasterXSize="8" rasterYSize="8"><VRTRasterBand dataType="Byte" band="1">'
+            '<SimpleSource><SourceFilename relativeToVRT="1">z/a.tif</SourceFilename></SimpleSource>'
+            "</VRTRasterBand></VRTDataset>"
+        )
+        scenes = (str(tmp_path / "x" / "a.tif"), str(tmp_path / "m.vrt"), str(tmp_path / "absent.tif"))
+        return [((scene,), tmp_path / "z" / f"{Path(scene).stem}.tif") for scene in scenes]
+
+    def test_a_source_of_another_scene(self, found: list[tuple[tuple[str, ...], Path]]) -> None:
+        check_batch(found, OPTIONS, None)  # what stands there stays
+        with pytest.raises(RasterError, match=r"z/a\.tif: can't be written, because it is read to make it"):
+            check_batch(found, replace(OPTIONS, overwrite=True), None)
+
+    @pytest.mark.parametrize("name", ["x/a.tif", "z/a.tif", "m.vrt", "z/m.tif"])
+    def test_the_report(self, found: list[tuple[tuple[str, ...], Path]], tmp_path: Path, name: str) -> None:
+        with pytest.raises(ValueError, match=r"is read to make it|is where the result of a scene goes"):
+            check_batch(found, OPTIONS, tmp_path / name)
+        check_batch(found, OPTIONS, tmp_path / "report.json")
+
+    def test_what_is_no_report_stays(self, tmp_path: Path) -> None:
+        write_report(tmp_path / "r.json", [])
+        check_report(tmp_path / "r.json")
+        for text in ("", "[]", '{"scenes": 1}', "notes"):
+            (tmp_path / "r.json").write_text(text)
+            with pytest.raises(ValueError, match=r"r\.json: exists and is no report, so it stays"):
+                check_report(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize("wish", [{"tile": 10**9}, {"halo": 10**9}, {"tile": 10**9, "halo": 10**9}], ids=str)
+def test_no_core_or_halo_is_larger_than_the_scene(wish: dict[str, Any]) -> None:
+    """Each of these took for ever."""
+    analysis = Analysis(4, 12, (), 100.0, 1000, "graph")
+    plan = plan_scene(
+        (3, 70, 90),
+        ResultKind("classes", 4, 0.5),
+        analysis,
+        replace(OPTIONS, **wish),
+        Precision("float32", None),
+        nn.Identity(),
+        10**9,
+    )
+    assert plan.tile <= 128 and plan.halo <= 92

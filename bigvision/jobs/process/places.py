@@ -25,7 +25,7 @@ def check_places(paths: Sequence[str], target: Path, options: Options) -> None:
     elif target.suffix != ".zarr":
         check_alone(target)
     if options.route is not None:
-        _check_record(target)
+        check_record(target)
 
 
 def check_batch(found: Sequence[tuple[tuple[str, ...], Path]], options: Options, report: Path | None) -> None:
@@ -101,7 +101,7 @@ def is_ours(target: Path, origin: Provenance, options: Options) -> bool:
     )
 
 
-def _check_record(target: Path) -> None:
+def check_record(target: Path) -> None:
     """ValueError where something else than the record of an earlier route, and its picture, stands there."""
     record, picture = record_file(target), picture_file(target)
     stranger = picture if os.path.lexists(picture) else None

@@ -14,7 +14,7 @@ from bigvision.jobs.process.finishing import finish
 from bigvision.jobs.process.ledger import Ledger, open_ledger, remove_left
 from bigvision.jobs.process.network import NetworkSpec, load_network, network_for, network_spec
 from bigvision.jobs.process.options import Options
-from bigvision.jobs.process.places import check_places, fingerprint_at, is_ours
+from bigvision.jobs.process.places import check_places, check_record, fingerprint_at, is_ours
 from bigvision.jobs.process.planning import Plan
 from bigvision.jobs.process.previous import Previous, Reuse, copy_unchanged, open_previous, reuse_of
 from bigvision.jobs.process.provenance import Provenance, provenance
@@ -101,7 +101,7 @@ def run_scene(
     if os.path.lexists(target) and is_ours(target, origin, options):
         remove_left(target)
         return replace(outcome, status="already done", seconds=time.perf_counter() - begun)
-    ready = partial(_check_ready, target, scene, origin, paths)
+    ready = partial(_check_ready, target, scene, origin, paths, options)
     with open_ledger(target) as ledger, gdal_cache(), freed_memory_kept():
         if options.route is not None:
             routed = run_routed(ledger, target, scene, spec, options, origin, watcher, ready)
@@ -162,10 +162,14 @@ def _with_loss(outcome: Outcome, lost: int) -> Outcome:
     return outcome.warned(told)
 
 
-def _check_ready(target: Path, scene: Scene, origin: Provenance, paths: tuple[str, ...]) -> None:
+def _check_ready(
+    target: Path, scene: Scene, origin: Provenance, paths: tuple[str, ...], options: Options
+) -> None:
     """ValueError where the scene's files, or what stands at `target`, changed while the run went on."""
     if os.path.lexists(target):
         fingerprint_at(target)
+    if options.route is not None:
+        check_record(target)
     changed = origin.changed(paths)
     if changed:
         raise ValueError(
