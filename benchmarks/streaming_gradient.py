@@ -31,8 +31,8 @@ from torch import nn
 
 from bigvision.graph import cost, trace
 from bigvision.streaming import StreamedModel
+from bigvision.streaming.forecast import FIRST_USE
 from bigvision.streaming.losses import CrossEntropy
-from bigvision.streaming.plan import FIRST_USE
 from datasets.scene_files import write_scene
 from datasets.scenes import CLASSES, Scene
 from tiling import Raster, open_raster

@@ -112,14 +112,14 @@ def text(found: "RasterPlan") -> str:
     else:
         streaming = found.streaming
         disk = f" and {_size(streaming.training_disk_bytes)} on disk" if streaming.training_disk_bytes else ""
-        lines += [
-            ("streamed", f"{_size(streaming.forward_bytes)} of buffers ({found.dtype})"),
-            (
-                "trained streamed",
+        lines.append(("streamed", f"{_size(streaming.forward_bytes)} of buffers ({streaming.dtype})"))
+        trained = f"refused: {streaming.training_refused}"
+        if not streaming.training_refused:
+            trained = (
                 f"{_size(streaming.training_bytes)}{disk}, {rows_a_step(streaming.rows)}, "
-                f"{streaming.recomputation:.2f} forward passes done again",
-            ),
-        ]
+                f"{streaming.recomputation:.2f} forward passes done again"
+            )
+        lines.append(("trained streamed", trained))
     return "\n".join(f"{name:<17}{value}" for name, value in lines + _job_lines(found))
 
 

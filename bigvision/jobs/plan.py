@@ -7,6 +7,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,13 +25,14 @@ from bigvision.jobs.process.planning import Plan, plan_scene
 from bigvision.jobs.process.precision import choose_precision
 from bigvision.jobs.process.scene import open_scene
 from bigvision.jobs.process.stream import program_of
+from bigvision.jobs.train_raster.memory import TooLittleMemoryError, divided_memory
+from bigvision.jobs.train_raster.network import ClassLogits
+from bigvision.jobs.train_raster.options import TrainOptions
 from bigvision.models.spec import load_model
-from bigvision.streaming.backward import Budget, plan_backward
-from bigvision.streaming.checkpoints import BudgetError, Scratch
 from bigvision.streaming.footprint import forward_bytes
 from bigvision.streaming.memory import freed_memory_kept
+from bigvision.streaming.model import StreamedModel
 from bigvision.streaming.plan import pass_flops, row_choices
-from bigvision.streaming.program import compile_program
 from tiling import TileGrid
 
 _TRIAL = 512  # rows and columns of the tile that the speed is measured on
@@ -38,13 +40,25 @@ _TRIAL = 512  # rows and columns of the tile that the speed is measured on
 
 @dataclass(frozen=True)
 class Streaming:
-    """What the streaming engine would take. disk_bytes: of scratch; recomputation: in forward passes."""
+    """What the streaming engine would take.
 
+    Attributes:
+        dtype: of `bigvision train`: float32 unless another was asked for.
+        forward_bytes: of buffers.
+        training_bytes: predicted peak of `bigvision train --crop 0`, the process's own included.
+        training_disk_bytes: of scratch.
+        rows: image rows a step.
+        recomputation: in forward passes.
+        training_refused: why `bigvision train` would refuse the memory; the figures of training are 0 then.
+    """
+
+    dtype: str
     forward_bytes: int
-    training_bytes: int
-    training_disk_bytes: int
-    rows: int
-    recomputation: float
+    training_bytes: int = 0
+    training_disk_bytes: int = 0
+    rows: int = 0
+    recomputation: float = 0.0
+    training_refused: str = ""
 
 
 @dataclass(frozen=True)
@@ -175,6 +189,7 @@ class _Planner:
         try:
             chosen = plan_scene(
                 self.shape,
+                self.scene.raster.dtype,
                 self.kind,
                 self.analysis,
                 self.options,
@@ -199,23 +214,40 @@ class _Planner:
         return TileGrid(height, width, (cut.tile, width), (cut.halo, 0), (cut.stride, 1)).overhead
 
     def _streaming(self) -> tuple[Streaming | None, str]:
-        dtype = getattr(torch, self.precision.dtype)
-        scratch = Scratch(".", self.scratch_limit) if self.scratch_limit else None  # type: ignore[arg-type]
+        """As `bigvision train` reckons, with the same network, options and function."""
+        asked, pixels = self._training(), self.scene.raster.dtype
+        model = ClassLogits(self.unfolded).requires_grad_(True)
+        dtype = getattr(torch, asked.dtype)
         try:
-            program = compile_program(self.traced)
-            passes = plan_backward(program, dtype, Budget(None, self.options.memory_bytes, scratch))
-        except (UnsupportedOperatorError, BudgetError) as error:
+            streamed = StreamedModel(model, self.shape, dtype=dtype)
+        except (UntraceableError, UnsupportedOperatorError) as error:
             return None, str(error)
+        rows = row_choices(*streamed.program.traced.shape[1:], self.analysis.stride)[0]
+        forward = Streaming(asked.dtype, forward_bytes(streamed.program, rows, dtype))
+        what = "one differentiated step"
+        try:
+            passes = (memory := divided_memory(asked, model)).plan_step(
+                streamed.program, dtype, None, self.shape, pixels, what
+            )
+        except (TooLittleMemoryError, UnsupportedOperatorError) as error:
+            return replace(forward, training_refused=str(error)), ""
         largest = max(passes, key=lambda one: one.peak_bytes)
-        return Streaming(
-            forward_bytes=forward_bytes(
-                program, row_choices(*self.traced.shape[1:], self.analysis.stride)[0], dtype
-            ),
-            training_bytes=largest.peak_bytes,
+        return replace(
+            forward,
+            training_bytes=memory.taken + largest.peak_bytes,
             training_disk_bytes=max(one.disk_bytes for one in passes),
             rows=largest.rows,
             recomputation=sum(one.recomputation for one in passes) / len(passes),
         ), ""
+
+    def _training(self) -> TrainOptions:
+        """The same wishes in a command of `bigvision train --crop 0`."""
+        options = self.options
+        dtype = "float32" if options.dtype == "auto" else options.dtype
+        asked = TrainOptions(options.model, crop=0, dtype=dtype, memory=options.memory)
+        if self.scratch_limit:
+            asked = replace(asked, scratch=Path(), scratch_limit=str(self.scratch_limit))
+        return asked
 
     @torch.inference_mode()
     def _seconds_per_pixel(self) -> float:

@@ -25,7 +25,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
         for name in expected
         if name in state and state[name].shape != expected[name].shape
     ]
-    problems = [_some("missing", missing), _some("unknown", unexpected), _some("of another shape", shapes)]
+    types = [
+        f"{name} is {state[name].dtype}, the model's {expected[name].dtype}"
+        for name in expected
+        if name in state and not _converts(state[name].dtype, expected[name].dtype)
+    ]
+    problems = [
+        _some("missing", missing),
+        _some("unknown", unexpected),
+        _some("of another shape", shapes),
+        _some("of another kind of number", types),
+    ]
     if any(problems):
         raise ValueError(f"weights {path} don't fit the model: {'; '.join(p for p in problems if p)}")
     model.load_state_dict(state)
@@ -52,9 +62,33 @@ def _state_of(loaded: Any, path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, Mapping):
         raise ValueError(f"weights {path} hold {type(loaded).__name__}, not a state dict of tensors")
+    for name, value in loaded.items():
+        if not isinstance(name, str):
+            raise ValueError(f"weights {path}: the key {name!r} is {type(name).__name__}, not a name")
+        if why := _unusable(value):
+            raise ValueError(f"weights {path}: {name} is {why}, not a plain tensor")
     return dict(loaded)
+
+
+def _unusable(value: Any) -> str:
+    """What else than a plain tensor with values a value is; empty for one."""
+    if not isinstance(value, Tensor):
+        return f"of type {type(value).__name__}"
+    if value.is_nested:
+        return "a nested tensor"
+    if value.layout != torch.strided:
+        return f"stored as {str(value.layout).removeprefix('torch.')}"
+    if value.is_meta:
+        return "a meta tensor, which has no values"
+    return "quantised" if value.is_quantized else ""
+
+
+def _converts(found: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether numbers of one type are meant by the other: of the same kind, whatever their precision."""
+    kinds = [(dtype.is_complex, dtype.is_floating_point) for dtype in (found, wanted)]
+    return kinds[0] == kinds[1]
 
 
 def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -80,5 +114,8 @@ def told(error: BaseException) -> str:
     called = re.search(r"GLOBAL (\S+)", text)
     if called:
         return f"it needs {called[1]!r}, and only tensors are loaded"
+    if "TorchScript archive" in text:
+        return "it is a TorchScript program"
     cause = re.search(r"WeightsUnpickler error: (.+)", text)
-    return next(iter((cause[1] if cause else text).splitlines()), type(error).__name__)[:200]
+    line = next(iter((cause[1] if cause else text).splitlines()), type(error).__name__)[:200]
+    return "it holds more than tensors" if "weights_only" in line else line

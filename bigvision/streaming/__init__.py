@@ -5,8 +5,9 @@ for row, y in sm.stream(scene): ...                                 # rows of th
 result = sm.backward(scene, labels, CrossEntropy(ignore_index=255))   # exact gradients in model.parameters()
 """
 
-from bigvision.streaming.backward import BackwardResult, Budget
+from bigvision.streaming.backward import BackwardResult
 from bigvision.streaming.checkpoints import BudgetError, CheckpointPlan, Scratch
+from bigvision.streaming.forecast import Budget
 from bigvision.streaming.model import StreamedModel
 from bigvision.streaming.segments import CheckpointedSegments, checkpoint_segments
 from bigvision.streaming.tape import NonFiniteError

@@ -10,27 +10,23 @@ Legend: H, W rows and columns of the scene; K classes.
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from bigvision.graph.layout import UnsupportedOperatorError
 from bigvision.graph.trace import module_path, operator_name, result_shape
 from bigvision.streaming.batch_norm import SceneMoments
-from bigvision.streaming.checkpoints import BudgetError, CheckpointPlan, Scratch, plan_checkpoints
-from bigvision.streaming.footprint import step_bytes
+from bigvision.streaming.checkpoints import CheckpointPlan
+from bigvision.streaming.forecast import Budget, plan_backward
 from bigvision.streaming.forward import scanned
 from bigvision.streaming.held import Held, narrowed, weights_of
 from bigvision.streaming.losses import Loss
 from bigvision.streaming.losses import Sums as LossSums
 from bigvision.streaming.memory import freed_memory_kept
-from bigvision.streaming.plan import FIRST_USE
-from bigvision.streaming.program import Pass, Program
+from bigvision.streaming.program import Program
 from bigvision.streaming.rehearsal import require_differentiable
 from bigvision.streaming.row_store import GivenRows
 from bigvision.streaming.scan import StepResult
@@ -71,28 +67,6 @@ class BackwardResult:
     confusion: Tensor | None
     plans: tuple[CheckpointPlan, ...]
     moments: tuple[SceneMoments, ...]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a backward pass may use.
-
-    Attributes:
-        rows: image rows a step; None: planned.
-        memory: bytes on top of what the process holds already; None: every state is kept in memory.
-        scratch: where states may be spilled.
-    """
-
-    rows: int | None = None
-    memory: int | None = None
-    scratch: Scratch | None = None
-
-    def beside_the_process(self) -> Budget:
-        """The same, where `memory` was meant for the whole process: less what it and its libraries take."""
-        if self.memory is None:
-            return self
-        taken = psutil.Process(os.getpid()).memory_info().rss + FIRST_USE
-        return replace(self, memory=max(self.memory - taken, 0))
 
 
 @dataclass
@@ -174,21 +148,6 @@ def _walk_all(scene: Scene, tally: _Tally, gradients: Gradients) -> tuple[float,
     return value, helds[-1]
 
 
-def plan_backward(program: Program, dtype: torch.dtype, budget: Budget) -> tuple[CheckpointPlan, ...]:
-    """How every pass would be differentiated under the budget, without doing it.
-
-    Raises:
-        UnsupportedOperatorError: the network has a gradient of its own somewhere, which its graph has not.
-        BudgetError: the budget can't hold the state and tape of a step.
-    """
-    if program.traced.ungradable:
-        raise UnsupportedOperatorError(
-            f"the network's gradient can't be streamed, only its result: its graph lacks "
-            f"{'; '.join(program.traced.ungradable)}"
-        )
-    return tuple(_plan_pass(program, walk, dtype, budget) for walk in program.passes)
-
-
 def confusion(y: Tensor, truth: Tensor) -> Tensor | None:
     """Counts of (truth, answer), int64 [K, K], of labels 0..K-1; None for other truth than classes.
 
@@ -220,22 +179,6 @@ def _output_size(program: Program, image: ImageRows) -> tuple[int, int] | None:
             "own size: upsample inside the network"
         )
     return image.shape[1:]
-
-
-def _plan_pass(program: Program, walk: Pass, dtype: torch.dtype, budget: Budget) -> CheckpointPlan:
-    height = walk.stages[0].size
-    if budget.rows is not None:
-        rows = [min(budget.rows, height)]
-    else:
-        rows = [r for r in (16, 32, 48, 64, 96, 128, 192, 256) if r < height] or [height]
-    scratch = budget.scratch.limit if budget.scratch else 0
-    try:
-        return plan_checkpoints([step_bytes(program, walk, r, dtype) for r in rows], budget.memory, scratch)
-    except BudgetError:
-        if budget.rows is not None:
-            raise
-    short = [step_bytes(program, walk, r, dtype) for r in (1, 2, 4, 8) if r <= height]
-    return plan_checkpoints(short, budget.memory, scratch)
 
 
 def _statistics(scene: Scene) -> tuple[list[Held], list[dict[fx.Node, Sums]]]:

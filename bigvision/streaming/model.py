@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from bigvision.graph import fold_batch_norm, trace_padded
 from bigvision.graph.cost import flops as cost_of
 from bigvision.graph.layout import UnsupportedOperatorError
-from bigvision.streaming.backward import BackwardResult, Budget, backward, plan_backward
+from bigvision.streaming.backward import BackwardResult, backward
 from bigvision.streaming.batch_norm import streaming_mode
 from bigvision.streaming.checkpoints import BudgetError, Scratch
 from bigvision.streaming.compiled import compiled, require_compiler
 from bigvision.streaming.following import Following
 from bigvision.streaming.footprint import forward_bytes
+from bigvision.streaming.forecast import Budget, forward_rows, plan_backward, this_process
 from bigvision.streaming.forward import forward
 from bigvision.streaming.losses import Loss
-from bigvision.streaming.plan import StreamPlan, pass_flops, plan_rows
+from bigvision.streaming.plan import StreamPlan, pass_flops
 from bigvision.streaming.program import compile_program
 from bigvision.streaming.schedule import schedule
 from bigvision.streaming.source import ImageRows, RowSource
@@ -81,7 +82,9 @@ class StreamedModel:
         if compile:
             require_compiler(self.device)
             self.inference = replace(self.inference, lower=compiled)
-        self.rows, self._peak_bytes = plan_rows(self.inference, self.stride, rows, limit, dtype)
+        self.rows, self._peak_bytes = forward_rows(
+            self.inference, self.stride, dtype, this_process(shape), limit, rows
+        )
 
     @cached_property
     def plan(self) -> StreamPlan:
@@ -91,7 +94,7 @@ class StreamedModel:
             cost_of(stage.node) for stage in program.stages.values() if stage.node.op == "call_function"
         )
         try:
-            training = plan_backward(self.program, self.dtype, self.budget.beside_the_process())
+            training = plan_backward(self.program, self.dtype, self.budget.less(this_process(self.shape)))
         except (BudgetError, UnsupportedOperatorError):
             training = None
         return StreamPlan(
@@ -133,7 +136,7 @@ class StreamedModel:
         `budget` replaces the model's own.
         """
         self._following.update(self.program.traced)
-        budget = budget or self.budget.beside_the_process()
+        budget = budget or self.budget.less(this_process(self.shape))
         with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
             return backward(self.program, self.image(source), target, loss, mask=mask, budget=budget)
 

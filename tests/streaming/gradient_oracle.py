@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bigvision.streaming import StreamedModel
-from bigvision.streaming.backward import BackwardResult, Budget
+from bigvision.streaming.backward import BackwardResult
+from bigvision.streaming.forecast import Budget
 from bigvision.streaming.losses import Loss
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bigvision.streaming import Budget, BudgetError, NonFiniteError, Scratch, StreamedModel
-from bigvision.streaming.backward import plan_backward
 from bigvision.streaming.batch_norm import scene_statistics, update_running_statistics
 from bigvision.streaming.footprint import step_bytes
+from bigvision.streaming.forecast import plan_backward
 from bigvision.streaming.losses import BinaryCrossEntropy, CrossEntropy, Dice, Focal, Loss
 
 LOSSES = [

@@ -8,20 +8,11 @@ from torch import nn
 
 from bigvision.jobs.process.geometry import Analysis, analyse
 from bigvision.jobs.process.ledger import Ledger
+from bigvision.jobs.process.memory import TilesForecast, base_bytes, coordinator_bytes, gib, refused
 from bigvision.jobs.process.network import NetworkSpec, load_network
 from bigvision.jobs.process.options import Options
 from bigvision.jobs.process.phases import PhaseStore
-from bigvision.jobs.process.planning import (
-    CORES,
-    Plan,
-    TilesForecast,
-    base_bytes,
-    coordinator_bytes,
-    gib,
-    plan_of,
-    plan_scene,
-    plan_stream,
-)
+from bigvision.jobs.process.planning import CORES, Plan, plan_of, plan_scene, plan_stream
 from bigvision.jobs.process.precision import Precision, choose_precision
 from bigvision.jobs.process.provenance import Provenance
 from bigvision.jobs.process.results import ResultKind
@@ -77,7 +68,17 @@ def begin(
     analysis = analyse(network.module, scene.shape)
     precision = choose_precision(scene, spec, options, kind, analysis.stride)
     disk = shutil.disk_usage(ledger.folder).free
-    plan = plan_scene(scene.shape, kind, analysis, options, precision, network.module, disk, scene.frame)
+    plan = plan_scene(
+        scene.shape,
+        scene.raster.dtype,
+        kind,
+        analysis,
+        options,
+        precision,
+        network.module,
+        disk,
+        scene.frame,
+    )
     plan = plan.reusing(origin.reused) if origin.reused else plan
     writer = _created(ledger, target, scene, kind, plan, options)
     ledger.begin({"fingerprint": origin.fingerprint, "plan": plan.record(), "of": origin.record})
@@ -99,11 +100,19 @@ def refit(
         return plan
     try:
         if plan.engine == "tiles":
-            return _smaller_tiles(plan, scene.shape, kind, analysis, options)
+            return _smaller_tiles(plan, scene, kind, analysis, options)
         wishes = replace(options, tile=plan.tile, scratch_limit=str(plan.scratch))
         precision = Precision(plan.dtype, plan.agreement)
         fitted = plan_stream(
-            scene.shape, kind, analysis, wishes, precision, model, 2 * plan.scratch, scene.frame
+            scene.shape,
+            scene.raster.dtype,
+            kind,
+            analysis,
+            wishes,
+            precision,
+            model,
+            2 * plan.scratch,
+            scene.frame,
         )
         if (fitted.halo, fitted.tile, fitted.phases) != (plan.halo, plan.tile, plan.phases):
             raise ValueError("its bands can't be cut alike any more")
@@ -115,13 +124,11 @@ def refit(
     return replace(plan, step=fitted.step, predicted_bytes=fitted.predicted_bytes, processes=workers)
 
 
-def _smaller_tiles(
-    plan: Plan, shape: tuple[int, int, int], kind: ResultKind, analysis: Analysis, options: Options
-) -> Plan:
+def _smaller_tiles(plan: Plan, scene: Scene, kind: ResultKind, analysis: Analysis, options: Options) -> Plan:
     """Tiles computed whole, or by the largest smaller ones that fit."""
     workers = options.workers or 1
     each = (options.memory_bytes - coordinator_bytes(options)) // workers
-    forecast = TilesForecast(shape, kind, analysis, plan.dtype, base_bytes(options))
+    forecast = TilesForecast(scene.shape, scene.raster.dtype, kind, analysis, plan.dtype, base_bytes(options))
     if forecast(plan.tile, plan.halo) <= each:
         inner, needed = 0, forecast(plan.tile, plan.halo)
     else:
@@ -131,10 +138,7 @@ def _smaller_tiles(
         fitting = [(side, needed) for needed, side in sizes if needed <= each]
         if not fitting:
             least = min((needed for needed, _ in sizes), default=forecast(plan.tile, plan.halo))
-            raise ValueError(
-                f"tiles of {plan.tile} px take at least {gib(least)} for each process, "
-                f"--memory allows {gib(each)}"
-            )
+            raise refused(options, f"a tile of {plan.tile} px", least)
         inner, needed = max(fitting)
     predicted = needed * workers + coordinator_bytes(options)
     return replace(plan, inner=inner, predicted_bytes=predicted, processes=workers)

@@ -84,6 +84,7 @@ class Network:
 
 
 @lru_cache(maxsize=2)
+@torch.inference_mode(mode=False)  # whoever comes first: weights made in that mode can't be traced later
 def load_network(spec: NetworkSpec) -> Network:
     """Build a network here (the last two are kept); ValueError where model and bands don't go together."""
     if spec.stamp != (now := _stamp(spec.model, spec.weights)):

@@ -15,13 +15,21 @@ from torch import nn
 from bigvision.graph.geometry import padded_size
 from bigvision.jobs.process.engine import Engine, FinerTilesEngine, TilesEngine
 from bigvision.jobs.process.geometry import Analysis
+from bigvision.jobs.process.memory import (
+    TilesForecast,
+    base_bytes,
+    coordinator_bytes,
+    gib,
+    refused,
+    row_bytes,
+)
 from bigvision.jobs.process.options import Options
 from bigvision.jobs.process.phases import PhasedEngine, PhaseStore
 from bigvision.jobs.process.precision import Precision
 from bigvision.jobs.process.results import ResultKind
-from bigvision.jobs.process.stream import StreamEngine, program_of, streamed_bytes
-from bigvision.streaming.checkpoints import Scratch
-from bigvision.streaming.plan import PIXELS_A_STEP
+from bigvision.jobs.process.stream import StreamEngine, program_of
+from bigvision.streaming.checkpoints import BudgetError, Scratch
+from bigvision.streaming.forecast import Beside, forward_rows
 from bigvision.streaming.spill import scratch_bytes
 from tiling import Tile, TileGrid, ZarrWriter
 from tiling.grid import padded_window
@@ -30,12 +38,6 @@ from tiling.memory import CACHE_BYTES
 _STRIP_BYTES = 32 * 2**20  # of a streamed result that is stored at once
 _BAND = 8192  # rows of a streamed band: what a kill can cost against what its halo costs
 CORES = (4096, 3584, 3072, 2560, 2048, 1536, 1024, 768, 512, 384, 256, 128, 64, 32)
-# Resident in a process that has loaded torch (its CUDA build alone 650 MiB) and a network. A constant, not a
-# measurement, so that one command always cuts alike.
-PROCESS_BYTES = 1000 * 2**20
-_WORKER = 600 * 2**20  # the same of a worker, whose libraries are those of the first process
-_COMPILER = 450 * 2**20  # of torch's compiler and the processes that it starts (measured: 170 and 250 MiB)
-_SCRATCH = 1.4  # kernels' scratch and the heap's fragments, on top of the results themselves (measured)
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ def _pixel_bytes(kind: ResultKind) -> int:
 
 def plan_scene(
     shape: tuple[int, int, int],
+    pixels: np.dtype[Any],
     kind: ResultKind,
     analysis: Analysis,
     options: Options,
@@ -161,6 +164,8 @@ def plan_scene(
 
     ValueError where nothing exact can be cut, or nothing fits `--memory`.
 
+    pixels: the type that the scene is stored in.
+
     Of the `disk` bytes that are free where the result goes, passes of a stream may keep values in half.
 
     `auto` streams whatever can be traced, since bands repeat less of their neighbours than tiles do;
@@ -169,12 +174,13 @@ def plan_scene(
     frame = frame or Window(0, 0, shape[2], shape[1])
     tiled = options.tile or options.halo is not None or analysis.source != "graph"
     if options.engine == "stream" or (options.engine == "auto" and not tiled):
-        return plan_stream(shape, kind, analysis, options, precision, model, disk, frame)
-    return _plan_tiles(shape, kind, analysis, options, precision, frame)
+        return plan_stream(shape, pixels, kind, analysis, options, precision, model, disk, frame)
+    return _plan_tiles(shape, pixels, kind, analysis, options, precision, frame)
 
 
 def plan_stream(
     shape: tuple[int, int, int],
+    pixels: np.dtype[Any],
     kind: ResultKind,
     analysis: Analysis,
     options: Options,
@@ -195,7 +201,6 @@ def plan_stream(
     each = (options.memory_bytes - coordinator_bytes(options)) // processes
     # A strip is made, written and compressed at once; a step's logits stand there as computed and in float32.
     strips = 4 * _strip_rows(frame.width, kind) * frame.width * _pixel_bytes(kind)
-    strips += 8 * PIXELS_A_STEP * kind.channels
     fixed = (
         base_bytes(options) + CACHE_BYTES + 2 * analysis.parameter_bytes + strips + shape[1] * shape[2] // 8
     )
@@ -204,15 +209,12 @@ def plan_stream(
     wide = shape[2] if analysis.inexact else padded_window(frame, shape[1:], halo, analysis.stride).width
     limit = min(options.scratch_bytes, disk // 2)
     program, stride = program_of(model, (shape[0], tall, wide), precision.dtype, limit)
-    for choice in streamed_bytes(program, stride, precision.dtype):
-        rows, needed = choice[0], fixed + choice[1]
-        if needed <= each:
-            break
-    else:
-        raise ValueError(
-            f"streaming {wide} columns takes at least {gib(needed)} for each process, --memory allows "
-            f"{gib(each)}"
-        )
+    dtype = getattr(torch, precision.dtype)
+    row = row_bytes(shape[0], wide, pixels) + 8 * wide * kind.channels
+    try:
+        rows, needed = forward_rows(program, stride, dtype, Beside(fixed, row), each)
+    except BudgetError as error:
+        raise refused(options, f"streaming {wide} columns", error.least) from error
     return Plan(
         engine="stream",
         tile=band,
@@ -225,12 +227,13 @@ def plan_stream(
         processes=processes,
         step=rows,
         phases=len(program.passes) - 1 if analysis.inexact else None,
-        scratch=scratch_bytes(program, getattr(torch, precision.dtype)),
+        scratch=scratch_bytes(program, dtype),
     )
 
 
 def _plan_tiles(
     shape: tuple[int, int, int],
+    pixels: np.dtype[Any],
     kind: ResultKind,
     analysis: Analysis,
     options: Options,
@@ -239,7 +242,7 @@ def _plan_tiles(
 ) -> Plan:
     processes = options.workers or 1
     each = (options.memory_bytes - coordinator_bytes(options)) // processes
-    forecast = TilesForecast(shape, kind, analysis, precision.dtype, base_bytes(options))
+    forecast = TilesForecast(shape, pixels, kind, analysis, precision.dtype, base_bytes(options))
     halo, exactness = _halo(analysis, options)
     # A halo or core as large as the scene is the whole scene, however large it was asked for.
     whole = max(padded_size(shape[1], shape[2], analysis.stride))
@@ -255,13 +258,10 @@ def _plan_tiles(
             )
     else:
         tile = min(options.tile or 0, whole)
-        tile = tile or _best_core(frame, analysis.stride, halo, each, forecast, processes)
+        tile = tile or _best_core(frame, analysis.stride, halo, each, forecast, options)
     predicted = forecast(tile, halo) * processes + coordinator_bytes(options)
     if predicted > options.memory_bytes:
-        raise ValueError(
-            f"a tile of {tile} px with a halo of {halo} px takes about {gib(predicted)} in {processes} "
-            f"process(es), --memory allows {gib(options.memory_bytes)}"
-        )
+        raise refused(options, f"a tile of {tile} px with a halo of {halo} px", forecast(tile, halo))
     return Plan(
         engine="tiles",
         tile=tile,
@@ -273,33 +273,6 @@ def _plan_tiles(
         predicted_bytes=predicted,
         processes=processes,
     )
-
-
-class TilesForecast:
-    """Peak bytes of one process by tile and halo."""
-
-    def __init__(
-        self, shape: tuple[int, int, int], kind: ResultKind, analysis: Analysis, dtype: str, base: int
-    ) -> None:
-        self.shape, self.stride = shape, analysis.stride
-        half = 0.5 if dtype == "bfloat16" else 1.0
-        self.fixed = base + CACHE_BYTES + 2 * analysis.parameter_bytes
-        # A unit's pixels stand there as read, masked and normalised; its results as logits and converted.
-        self.padded = analysis.bytes_per_pixel * _SCRATCH * half + TilesEngine.at_once * shape[0] * 12
-        written = kind.bands * np.dtype(kind.dtype).itemsize
-        self.core = 2 * kind.channels * 4 + TilesEngine.at_once * 2 * written
-
-    def __call__(self, tile: int, halo: int) -> int:
-        """Of tiles that are computed whole."""
-        sides = padded_size(self.shape[1], self.shape[2], self.stride)
-        padded = [min(side, tile + 2 * halo + 2 * (self.stride - 1)) for side in sides]
-        core = [min(side, tile) for side in sides]
-        return int(self.fixed + padded[0] * padded[1] * self.padded + core[0] * core[1] * self.core)
-
-    def within(self, tile: int, inner: int, halo: int) -> int:
-        """The same where a tile is computed in smaller ones, and its pixels wait for the last of them."""
-        side = min(tile, max(self.shape[1:]))
-        return self(inner, halo) + side * side * self.core
 
 
 def _halo(analysis: Analysis, options: Options) -> tuple[int, str]:
@@ -315,15 +288,13 @@ def _halo(analysis: Analysis, options: Options) -> tuple[int, str]:
 
 
 def _best_core(
-    frame: Window, stride: int, halo: int, budget: int, forecast: TilesForecast, processes: int
+    frame: Window, stride: int, halo: int, budget: int, forecast: TilesForecast, options: Options
 ) -> int:
     """The core with which the work is done first among those that fit; of equals the smallest."""
     fitting = [core for core in CORES if forecast(core, halo) <= budget]
     if not fitting:
-        raise ValueError(
-            f"the smallest tile takes about {gib(forecast(CORES[-1], halo))} for each process "
-            f"(halo {halo} px), --memory allows {gib(budget)}"
-        )
+        raise refused(options, f"the smallest tile with a halo of {halo} px", forecast(CORES[-1], halo))
+    processes = options.workers or 1
 
     def computed(core: int) -> float:
         """Pixels computed by the busiest process, of which there are as many as ask for work."""
@@ -333,23 +304,7 @@ def _best_core(
     return min(sorted(fitting), key=computed)
 
 
-def base_bytes(options: Options) -> int:
-    """Bytes of a process that computes, before it does."""
-    process = PROCESS_BYTES if options.workers is None else _WORKER
-    return process + _COMPILER if options.compile else process
-
-
-def coordinator_bytes(options: Options) -> int:
-    """Bytes of the process that hands out work to others, where there is one."""
-    return PROCESS_BYTES if options.workers is not None else 0
-
-
 def _chunk(tile: int) -> int:
     """The largest divisor of the tile up to 512, unless that is tiny."""
     divisors = [tile // parts for parts in range(1, tile + 1) if tile % parts == 0 and tile // parts <= 512]
     return divisors[0] if divisors[0] >= 128 or tile <= 512 else tile
-
-
-def gib(size: float) -> str:
-    """`1.50 GiB`, `20.0 MiB`."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"

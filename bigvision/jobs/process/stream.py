@@ -21,8 +21,6 @@ from bigvision.jobs.process.engine import Piece, View
 from bigvision.jobs.process.network import Network
 from bigvision.streaming import StreamedModel
 from bigvision.streaming.checkpoints import Scratch
-from bigvision.streaming.footprint import forward_bytes
-from bigvision.streaming.plan import HEAP_SLACK, row_choices
 from bigvision.streaming.program import Program, compile_program
 from bigvision.streaming.spill import spilled
 from datasets.pairs import Pixels
@@ -82,12 +80,6 @@ def program_of(
     """(What streams an image [C, H, W], keeping `scratch_limit` bytes between passes; its total stride)."""
     traced, stride = trace_padded(model, shape)
     return spilled(compile_program(traced), getattr(torch, dtype), scratch_limit), stride
-
-
-def streamed_bytes(program: Program, stride: int, dtype: str) -> Iterator[tuple[int, int]]:
-    """(image rows a step, bytes that streaming so takes), the best choice first."""
-    for rows in row_choices(*program.traced.shape[1:], stride):
-        yield rows, int(HEAP_SLACK * forward_bytes(program, rows, getattr(torch, dtype)))
 
 
 @lru_cache(maxsize=4)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +57,12 @@ def open_data(pairs: Sequence[Pair], options: TrainOptions, classes: int) -> Tra
 def _open(pair: Pair, options: TrainOptions, classes: int) -> LabelledScene:
     image = open_scene([pair.scene], options.reading())
     return LabelledScene(pair, image, open_labels(pair, image.raster), classes)
+
+
+def pixel_type(scene: LabelledScene) -> np.dtype[Any]:
+    """In which the image of a scene is stored."""
+    raster: Raster = scene.image.raster  # type: ignore[attr-defined]
+    return raster.dtype
 
 
 def check_unchanged(scene: LabelledScene, options: TrainOptions) -> None:

@@ -4,7 +4,7 @@ import json
 import math
 import uuid
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from bigvision.jobs.train_raster.curves import Row, RunCurves, read_curve
 from bigvision.jobs.train_raster.data import TrainingData, balanced_weights, channels_of, open_data
 from bigvision.jobs.train_raster.losses import build_loss
+from bigvision.jobs.train_raster.memory import most_demanding
 from bigvision.jobs.train_raster.optimisation import OPTIMIZERS, learning_rate
 from bigvision.jobs.train_raster.options import TrainOptions
 from bigvision.jobs.train_raster.parallel import Ranks, joined_ranks
@@ -22,6 +23,7 @@ from bigvision.jobs.train_raster.progress import Progress
 from bigvision.jobs.train_raster.routed import RoutedNetworks
 from bigvision.jobs.train_raster.run_folder import RunFolder, fingerprint_of, open_run
 from bigvision.jobs.train_raster.steps import Steps
+from bigvision.jobs.train_raster.stopping import Asked, Stops
 from bigvision.jobs.train_raster.subject import OneNetwork, Subject
 from bigvision.models.identity import architecture_hash, network_identity, state_hash
 from bigvision.streaming.losses import Loss
@@ -51,11 +53,12 @@ def train(pairs_file: Path, out: Path, options: TrainOptions, say: Say = print) 
     """Train `options.model` on the scenes that `pairs_file` lists; everything goes to the folder `out`.
 
     Killed at any moment, the same call goes on from the last checkpoint and ends with the weights of an
-    uninterrupted run. Under `torchrun` every rank calls it; rank 0 writes.
+    uninterrupted run; Ctrl-C and SIGTERM save one first. Under `torchrun` every rank calls it; rank 0 writes.
 
     Raises:
         ValueError: for input that doesn't fit (named), before any work starts; RuntimeError, naming step and
-            places, where a loss or gradient is not finite: the last checkpoint stays.
+            places, where a loss or gradient is not finite or a file can't be written: the last checkpoint
+            stays.
     """
     with joined_ranks(options.device) as ranks:
         return _Run(pairs_file, out, options, ranks, say if ranks.leads else _silent).train()
@@ -79,38 +82,67 @@ class _Run:
         self.optimizer: Optimizer = OPTIMIZERS[options.optimizer](
             [p for p in self.model.parameters() if p.requires_grad], options.lr, options.weight_decay
         )
-        self.steps: Steps = self.subject.steps(self.data.train, self.loss, ranks)
-        self.score = self.subject.scorer(self.data.validation, ranks, say)
+        with most_demanding() as attempt:
+            with attempt():
+                self.steps: Steps = self.subject.steps(self.data.train, self.loss, ranks)
+            with attempt():
+                self.score = self.subject.scorer(self.data.validation, ranks, say)
         fingerprint, self.unknown = _fingerprint(pairs, options, self.subject, ranks.size)
         self.folder = RunFolder(out, fingerprint)
         self.total = self.steps.per_epoch * options.epochs
         self.done, self.best = 0, -1.0
+        self.ended = True  # nothing of an epoch's end is still to be done
+        self.kept: tuple[int, bool] | None = None  # (done, ended) of the last checkpoint
+        self.stops, self.agreed = Stops(), False
         self.progress = Progress(say, self.total, self.steps.per_epoch)
 
     def train(self) -> TrainingResult:
         """All steps that are still to do."""
-        for why in self.unknown:
-            self.say(
-                f"whether the data change can't be known ({why}): stopped, this run can't be gone on with"
-            )
-        self._resume()
-        if self.done == self.total:
-            self.say(f"{self.folder.path}: finished already ({self.total} steps)")
-            return self._result()
         with ExitStack() as stack:
+            for why in self.unknown:
+                self.say(
+                    f"whether the data change can't be known ({why}): stopped, this run can't be gone on with"
+                )
+            self._resume(stack)
+            if self.done == self.total and self.ended:
+                self.say(f"{self.folder.path}: finished already ({self.total} steps)")
+                return self._result()
+            stack.enter_context(self.stops)
             stack.callback(self.steps.close)
-            curves = stack.enter_context(self._curves())
-            self.progress.begin(self.done)
-            while self.done < self.total:
-                curves.add_step(self.done + 1, *self._step())
-                self.done += 1
-                if self.done % self.steps.per_epoch == 0:
-                    self._end_epoch(curves)
-                    continue
-                if self.done % self.options.steps_a_checkpoint == 0:
-                    self._checkpoint()
-                self.progress.step(self.done, curves.mean_loss(self.done % self.steps.per_epoch))
+            try:
+                self._go_on(stack.enter_context(self._curves()))
+            except Asked:
+                self._stop()
+                raise
+            except (OSError, RuntimeError) as error:
+                if self.stops.asked:  # another rank heard of it first, and is gone
+                    self._stop(keep=self.steps.only_gradients)
+                    raise Asked from error
+                if isinstance(error, OSError):
+                    raise self._failed(str(error)) from error
+                raise
+            if self.stops.asked:
+                self._stop()
         return self._result()
+
+    def _go_on(self, curves: RunCurves) -> None:
+        """Step after step, until all are done or somebody asks for the end."""
+        self.progress.begin(self.done)
+        if not self.ended:
+            self._end_epoch(curves)
+        while self.done < self.total:
+            curves.add_step(self.done + 1, *self._step())
+            self.done += 1
+            self.ended = self.done % self.steps.per_epoch != 0
+            if self.agreed:
+                self.ranks.average_buffers(self.model)
+                raise Asked
+            if not self.ended:
+                self._end_epoch(curves)
+                continue
+            if self.done % self.options.steps_a_checkpoint == 0:
+                self._checkpoint()
+            self.progress.step(self.done, curves.mean_loss(self.done % self.steps.per_epoch))
 
     def _step(self) -> tuple[float, float]:
         """One optimiser step; its learning rate and its loss over all ranks."""
@@ -119,60 +151,87 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         try:
-            result = self.steps(self.model, self.done)
+            with self.stops.at_once() if self.steps.only_gradients else nullcontext():
+                result = self.steps(self.model, self.done)
         except (ValueError, OSError, RuntimeError) as error:
-            raise self._failed(str(error)) from error
+            raise self._failed(f"step {self.done + 1}: {error}") from error
         weight = self.ranks.average_gradients(self.model, result.weight)
-        share = torch.tensor(result.loss * result.weight / weight, dtype=torch.float64)
-        loss = float(self.ranks.sum_(share.to(self.ranks.device)))
+        share = (result.loss * result.weight / weight, self.stops.asked)
+        sums = self.ranks.sum_(torch.tensor(share, dtype=torch.float64, device=self.ranks.device))
+        loss, self.agreed = float(sums[0]), bool(sums[1])
         largest = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip or float("inf"))
         if not (torch.isfinite(largest) and math.isfinite(loss)):
-            raise self._failed(f"loss {loss}, gradient norm {float(largest)} at {result.places}")
+            raise self._failed(
+                f"step {self.done + 1}: loss {loss}, gradient norm {float(largest)} at {result.places}"
+            )
         self.optimizer.step()
         return rate, loss
 
     def _failed(self, why: str) -> RuntimeError:
-        kept = f"the last checkpoint stands in {self.folder.path}"
-        return RuntimeError(f"step {self.done + 1}: {why}; {kept}")
+        kept = "nothing is kept yet"
+        if self.kept is not None:
+            kept = f"the last checkpoint stands in {self.folder.path}, of step {self.kept[0]}"
+        return RuntimeError(f"{why}; {kept}")
+
+    def _stop(self, *, keep: bool = True) -> None:
+        """Keep the state, which is that after step `done`, and say so."""
+        if keep and self.done and self.kept != (self.done, self.ended):
+            self._save()
+        if self.kept is None:
+            told = "no step was finished, and the same command begins again"
+        elif self.kept == (self.total, True):
+            told = f"all {self.total} steps are done"
+        else:
+            told = f"step {self.kept[0]} of {self.total} is kept in {self.folder.path}, "
+            told += "and the same command goes on from there"
+        self.say(f"stopped by {self.stops.name}: {told}")
 
     def _end_epoch(self, curves: RunCurves) -> None:
         self.ranks.average_buffers(self.model)
         better, scored = True, ""
         if self.data.validation:
-            score = self.score()
+            with self.stops.at_once():
+                score = self.score()
             curves.add_score(self.done, score)
             scored = f"  held out: accuracy {score.accuracy:.4f}, mean IoU {score.mean_iou:.4f}"
             better = score.mean_iou > self.best
             self.best = max(self.best, score.mean_iou)
         if self.ranks.leads and better:
             self.subject.save(self.folder)
+        self.ended = True
         self._checkpoint()
         curves.draw(at_most_every=0 if self.done == self.total else 30)
         self.progress.epoch(self.done, curves.mean_loss(self.steps.per_epoch), scored)
 
     def _checkpoint(self) -> None:
         self.ranks.average_buffers(self.model)
+        self._save()
+
+    def _save(self) -> None:
         if self.ranks.leads:
             self.folder.save_checkpoint(
                 {
                     "step": self.done,
+                    "ended": self.ended,
                     "best": self.best,
                     "model": self.model.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
                 }
             )
+        self.kept = (self.done, self.ended)
 
-    def _resume(self) -> None:
+    def _resume(self, stack: ExitStack) -> None:
         """Take the folder, and the state of its checkpoint if it has one; rank 0 goes first."""
         if self.ranks.leads:
-            open_run(self.folder, self._asked(), overwrite=self.options.overwrite)
+            stack.enter_context(open_run(self.folder, self._asked(), overwrite=self.options.overwrite))
             self.folder.describe(self._description())
         self.ranks.barrier()
         state = self.folder.load_checkpoint()
         self.ranks.barrier()
         if state is None:
             return
-        self.done, self.best = int(state["step"]), float(state["best"])
+        self.done, self.best, self.ended = int(state["step"]), float(state["best"]), bool(state["ended"])
+        self.kept = (self.done, self.ended)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.done < self.total:

@@ -37,7 +37,7 @@ class Progress:
 
     def _tell(self, done: int, place: str, loss: float, scored: str) -> None:
         self._told = time.monotonic()
-        each = (self._told - self._started) / (done - self._first)
+        each = (self._told - self._started) / max(1, done - self._first)
         left = f"  {_clock(each * (self.total - done))} left" if done < self.total else ""
         self.say(f"{place}  loss {loss:.4f}  {each:.2f} s a step{left}{scored}")
 

@@ -17,7 +17,7 @@ from bigvision.jobs.train_raster.network import build_network
 from bigvision.jobs.train_raster.options import TrainOptions
 from bigvision.jobs.train_raster.parallel import Ranks
 from bigvision.jobs.train_raster.routed_validation import RoutedValidation
-from bigvision.jobs.train_raster.run_folder import RunFolder
+from bigvision.jobs.train_raster.run_folder import CHEAP_WEIGHTS, GATE_WEIGHTS, ROUTE, RunFolder
 from bigvision.jobs.train_raster.steps import CropSteps, Steps
 from bigvision.jobs.train_raster.subject import Say
 from bigvision.jobs.train_raster.validation import Score
@@ -28,8 +28,6 @@ from bigvision.routing.route_file import RouteSpec, read_route, write_route
 from bigvision.streaming.losses import Loss
 from datasets.crops import read_crops
 from datasets.pairs import LabelledScene
-
-ROUTE, CHEAP_WEIGHTS, GATE_WEIGHTS = "ROUTE.toml", "cheap.safetensors", "gate.safetensors"
 
 
 class RoutedNetworks:

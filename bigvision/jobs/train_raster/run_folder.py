@@ -7,8 +7,8 @@ continued.
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,17 @@ import torch
 from torch import Tensor
 
 from bigvision import __version__
+from bigvision.models.weights import told
 from bigvision.tensors import save_state, save_tensors
-from tiling.publish import publish, staging_name
+from tiling.lock import locked
+from tiling.publish import discard, publish, staging_name
+
+ROUTE, CHEAP_WEIGHTS, GATE_WEIGHTS = "ROUTE.toml", "cheap.safetensors", "gate.safetensors"
+_CURVES = ("training.csv", "validation.csv", "curves.png", "tensorboard")
+OWN_FILES = frozenset(("checkpoint.pt", "weights.safetensors", CHEAP_WEIGHTS, GATE_WEIGHTS, ROUTE, *_CURVES))
+"""What a run writes besides `run.json`, which the next one replaces; --overwrite removes nothing else."""
+_LOCK = ".lock"
+_UNFINISHED = ".*.partial*"
 
 
 @dataclass(frozen=True)
@@ -45,13 +54,21 @@ class RunFolder:
         _write(self.checkpoint, partial(save_state, complete))
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The last checkpoint, None before the first; ValueError where it can't be read."""
+        """The last checkpoint, None before the first; ValueError where it can't be read or is another's."""
         if not self.checkpoint.is_file():
             return None
         try:
-            return torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise ValueError(f"{self.checkpoint}: not a readable checkpoint ({error})") from error
+            raise self._unusable(told(error)) from error
+        if not isinstance(state, dict) or state.get("fingerprint") != self.fingerprint:
+            raise self._unusable("it is not of this run")
+        return state
+
+    def _unusable(self, why: str) -> ValueError:
+        return ValueError(
+            f"{self.checkpoint} is no checkpoint to go on from: {why}; without it the run begins again"
+        )
 
     def save_weights(self, state: dict[str, Tensor], name: str = "weights.safetensors") -> None:
         """Replace the weights, or the file of that name."""
@@ -69,40 +86,51 @@ class RunFolder:
         _write(self.path / "run.json", lambda staging: staging.write_text(text + "\n"))
 
 
-def open_run(folder: RunFolder, options: dict[str, Any], *, overwrite: bool = False) -> None:
-    """Make the folder of a run, or find the one that this run began.
+@contextmanager
+def open_run(folder: RunFolder, options: dict[str, Any], *, overwrite: bool = False) -> Iterator[None]:
+    """Make the folder of a run, or find the one that this run began; no other process works in it meanwhile.
 
     options: as `describe` writes them; an error names those that differ.
 
     Raises:
-        ValueError: something else stands there (with `overwrite`, another run is removed), or it can't be
-            written to.
+        ValueError: something else stands there (with `overwrite`, another run is removed), it can't be
+            written to, or another process trains in it.
     """
     path = folder.path
-    found = _found(path)
-    if found is not None and found.get("fingerprint") != folder.fingerprint:
-        if not found:
-            raise ValueError(f"{path}: holds something else than a run")
-        if not overwrite:
-            raise ValueError(
-                f"{path}: holds another run ({_difference(found, options)}); --overwrite replaces it"
-            )
-        shutil.rmtree(path)
+    _check_run(folder, options, overwrite)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{path}: can't be made: {error.strerror}") from error
     if not os.access(path, os.W_OK):
         raise ValueError(f"{path}: can't be written to")
-    for leftover in path.glob(".*.partial*"):
-        leftover.unlink()
+    with locked(path / _LOCK, f"{path}: another process is training there"):
+        _check_run(folder, options, overwrite)  # it may have become another's since
+        own = (_found(path) or {}).get("fingerprint") == folder.fingerprint
+        for entry in list(path.iterdir()):
+            if entry.match(_UNFINISHED) or (not own and entry.name in OWN_FILES):
+                discard(entry)
+        yield
+
+
+def _check_run(folder: RunFolder, options: dict[str, Any], overwrite: bool) -> None:
+    """ValueError where something else than this run stands in its folder, and may not be removed."""
+    found = _found(folder.path)
+    if found is None or found.get("fingerprint") == folder.fingerprint:
+        return
+    if not found:
+        raise ValueError(f"{folder.path}: holds something else than a run")
+    if not overwrite:
+        raise ValueError(
+            f"{folder.path}: holds another run ({_difference(found, options)}); --overwrite replaces it"
+        )
 
 
 def _found(path: Path) -> dict[str, Any] | None:
     """The description of the run at `path`, empty for something that is no run, None for nothing."""
     if not path.exists():
         return None
-    if path.is_dir() and all(entry.match(".*.partial*") for entry in path.iterdir()):
+    if path.is_dir() and all(entry.match(_UNFINISHED) or entry.name == _LOCK for entry in path.iterdir()):
         return None
     try:
         description = json.loads((path / "run.json").read_text())
@@ -128,10 +156,12 @@ def fingerprint_of(*facts: Any) -> str:
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Make a file by `write` and give it its name; OSError in a sentence, and what stood there stays."""
     staging = staging_name(path)
     try:
         write(staging)
         publish(staging, path)
-    except BaseException:
-        staging.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        raise OSError(f"{path} can't be written: {error.strerror or error}") from error
+    finally:
+        discard(staging)

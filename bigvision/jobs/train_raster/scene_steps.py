@@ -11,13 +11,11 @@ from numpy.typing import NDArray
 from rasterio.windows import Window
 from torch import nn
 
-from bigvision.jobs.train_raster.data import check_unchanged
-from bigvision.jobs.train_raster.memory import divided_memory
+from bigvision.jobs.train_raster.data import check_unchanged, pixel_type
+from bigvision.jobs.train_raster.memory import Memory, divided_memory, most_demanding
 from bigvision.jobs.train_raster.options import TrainOptions
 from bigvision.jobs.train_raster.parallel import Ranks
 from bigvision.jobs.train_raster.steps import StepResult
-from bigvision.streaming.backward import Budget, plan_backward
-from bigvision.streaming.checkpoints import BudgetError
 from bigvision.streaming.losses import Loss
 from bigvision.streaming.model import StreamedModel
 from datasets.pairs import LabelledScene
@@ -54,29 +52,31 @@ def _rows(rows: slice, shape: tuple[int, int, int]) -> Window:
 class SceneSteps:
     """A scene a rank and step, in an order shuffled anew each epoch."""
 
+    only_gradients = True
+
     def __init__(
         self, scenes: Sequence[LabelledScene], options: TrainOptions, loss: Loss, ranks: Ranks
     ) -> None:
         self.scenes, self.options, self.loss, self.ranks = scenes, options, loss, ranks
         self.per_epoch = options.steps_per_epoch or -(-len(scenes) // ranks.size)
-        self._budget = Budget(rows=options.rows)
+        self._memory: Memory | None = None
         self._streamed: dict[tuple[int, int, int], StreamedModel] = {}
 
     def prepare(self, model: nn.Module) -> None:
         """Trace the model at every scene's size and plan its gradient; errors as `StreamedModel` has them.
 
         Raises:
-            ValueError: the memory and scratch space can't hold a step; it says what could.
+            TooLittleMemoryError: the memory and scratch space can't hold a step; it says what could.
         """
-        memory = divided_memory(self.options, model)
-        self._budget = memory.budget(self.options.rows)
-        for scene in self.scenes:
-            streamed = self._model(model, scene.shape)
-            try:
-                plan_backward(streamed.program, streamed.dtype, self._budget)
-            except BudgetError as error:
-                what = f"one differentiated step over {scene.pair.scene}"
-                raise memory.too_little(what, error.least) from error
+        self._memory = divided_memory(self.options, model)
+        alike = {(scene.shape, pixel_type(scene)): scene.pair.scene for scene in reversed(self.scenes)}
+        with most_demanding() as attempt:
+            for (shape, pixels), name in alike.items():
+                streamed, what = self._model(model, shape), f"one differentiated step over {name}"
+                with attempt():
+                    self._memory.plan_step(
+                        streamed.program, streamed.dtype, self.options.rows, shape, pixels, what
+                    )
 
     def __call__(self, model: nn.Module, step: int) -> StepResult:
         """Forward and backward of this rank's scene."""
@@ -85,8 +85,10 @@ class SceneSteps:
         if scene is None:
             return StepResult(0.0, 0.0, "no scene")
         check_unchanged(scene, self.options)
+        assert self._memory is not None
+        budget = self._memory.budget(self.options.rows, scene.shape, pixel_type(scene))
         result = self._model(model, scene.shape).backward(
-            ImageRows(scene), ClassRows(scene), self.loss, budget=self._budget
+            ImageRows(scene), ClassRows(scene), self.loss, budget=budget
         )
         return StepResult(result.loss, 1.0, scene.pair.scene)
 

@@ -32,9 +32,13 @@ class StepResult:
 
 
 class Steps(Protocol):
-    """A way to train: `per_epoch` steps, each leaving gradients in the model."""
+    """A way to train: `per_epoch` steps, each leaving gradients in the model.
+
+    only_gradients: a step changes nothing else in it, so that one that is given up has done nothing.
+    """
 
     per_epoch: int
+    only_gradients: bool
 
     def prepare(self, model: nn.Module) -> None:
         """Raise now what would fail at the first step."""
@@ -48,6 +52,8 @@ class Steps(Protocol):
 
 class CropSteps:
     """Batches of random crops, read one step ahead; batch norm in training mode."""
+
+    only_gradients = False  # running statistics move
 
     def __init__(
         self, scenes: Sequence[LabelledScene], options: TrainOptions, loss: Loss, ranks: Ranks

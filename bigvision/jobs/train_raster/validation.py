@@ -18,7 +18,8 @@ from bigvision.graph.trace import UntraceableError
 from bigvision.jobs.process.engine import to_strides
 from bigvision.jobs.process.geometry import Analysis, analyse
 from bigvision.jobs.process.stream import SceneRows
-from bigvision.jobs.train_raster.memory import divided_memory
+from bigvision.jobs.train_raster.data import pixel_type
+from bigvision.jobs.train_raster.memory import divided_memory, most_demanding
 from bigvision.jobs.train_raster.options import TrainOptions
 from bigvision.jobs.train_raster.parallel import Ranks
 from bigvision.streaming.model import StreamedModel
@@ -66,7 +67,7 @@ class Validation:
         say: is told where the score is not exactly that of whole scenes.
 
     Raises:
-        ValueError: `--memory` can't hold a stream; it says what could.
+        TooLittleMemoryError: `--memory` can't hold a stream; it says what could.
     """
 
     def __init__(
@@ -93,11 +94,16 @@ class Validation:
     def _prepare_streams(self, options: TrainOptions) -> None:
         """One stream for every size of scene."""
         memory = divided_memory(options, self.model)
-        for shape in dict.fromkeys(scene.shape for scene in self.scenes):
-            rows = options.rows or memory.rows_to_stream(self.model.eval(), shape, self.dtype)
-            self._streamed[shape] = StreamedModel(
-                self.model, shape, rows=rows, dtype=self.dtype, device=self.ranks.device
-            )
+        with most_demanding() as attempt:
+            for shape, pixels in dict.fromkeys((scene.shape, pixel_type(scene)) for scene in self.scenes):
+                if shape not in self._streamed:
+                    self._streamed[shape] = StreamedModel(
+                        self.model, shape, rows=options.rows, dtype=self.dtype, device=self.ranks.device
+                    )
+                streamed = self._streamed[shape]
+                with attempt():
+                    rows = memory.rows_to_stream(streamed, options.rows, shape, pixels)
+                    streamed.rows = min(streamed.rows, rows)
 
     @torch.inference_mode()
     def __call__(self) -> Score:
