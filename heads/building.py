@@ -10,7 +10,7 @@ import torch
 
 from bigvision.ranks import Ranks
 from heads.adaptive import AdaptiveMargin
-from heads.forecast import HeadPlan, check_memory
+from heads.forecast import HeadPlan, Neighbours, check_memory
 from heads.host_rows import HostRows
 from heads.idle import StepHistory
 from heads.mapped_rows import MappedRows, check_room
@@ -56,12 +56,13 @@ def build_shard(
     place: str | Path,
     host_cache: int,
     device: torch.device,
+    neighbours: Neighbours,
 ) -> Shard:
     """This rank's rows, still zero, in their place, with the columns of the optimiser."""
     plan = HeadPlan(num_classes, dim, storage, rule, place, host_cache, ranks.size)
     if place not in ("device", "host"):
         check_room(Path(place), plan.memory().disk, ranks.rank)
-    check_memory(plan, ranks, device)
+    check_memory(plan, neighbours, device)
     classes, dtype = class_range(num_classes, ranks.rank, ranks.size), STORAGE[storage]
     n, shape = len(classes), (len(classes), dim)
     acc = accumulation_dtype(dtype)

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -72,17 +72,28 @@ class HeadPlan:
         return HeadMemory(self.narrow, 0, wide)
 
 
-def check_memory(plan: HeadPlan, ranks: Ranks, device: torch.device) -> None:
+@dataclass(frozen=True)
+class Neighbours:
+    """How many ranks work on this rank's device, and how many on its machine."""
+
+    device: int = 1
+    machine: int = 1
+
+    @classmethod
+    def of(cls, ranks: Ranks, device: torch.device) -> Self:
+        """Counted. Called on every rank together."""
+        mine = (socket.gethostname(), str(device))
+        all_ranks = ranks.gather(mine)
+        machine = sum(host == mine[0] for host, _ in all_ranks)
+        return cls(machine if device.type == "cpu" else all_ranks.count(mine), machine)
+
+
+def check_memory(plan: HeadPlan, neighbours: Neighbours, device: torch.device) -> None:
     """Raises ValueError, with what would fit, where the machine or the device lacks the memory for its ranks.
 
-    Linux hands out memory that it doesn't have and ends a process later that uses it, without a word.
-    Called on every rank together.
+    Linux hands out memory that it doesn't have, and ends a process later that uses it, without a word.
     """
-    machine, place = socket.gethostname(), str(device)
-    held = ranks.gather((machine, place))
-    same_machine = sum(other[0] == machine for other in held)
-    same_device = same_machine if device.type == "cpu" else held.count((machine, place))
-    room = _Room(device, same_device, same_machine, free_memory(device), free_memory())
+    room = _Room(device, neighbours.device, neighbours.machine, free_memory(device), free_memory())
     if not room.fits(plan):
         raise ValueError(room.refusal(plan))
 

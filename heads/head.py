@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from bigvision.ranks import Ranks
 from heads.adaptive import AdaptiveMargin, claimed
 from heads.building import build_shard, check_settings, constructor_arguments
-from heads.collectives import gather_batch
+from heads.collectives import GatheredBatch, gather_batch
 from heads.counter import STREAM_ROUNDING
+from heads.forecast import Neighbours
 from heads.gates import ActiveGate, GateSpec
 from heads.kernel_choice import choose_kernels
 from heads.margin import Margin
@@ -100,9 +101,10 @@ class ShardedMarginHead(HeadModule):
         self.num_classes, self.dim, self.scale, self.seed = num_classes, dim, scale, seed
         self.rule, self.active = optimizer, active
         self.ranks.same("(num_classes, dim, seed)", (num_classes, dim, seed))
+        neighbours = Neighbours.of(self.ranks, where)
         with self.ranks.together("placing the centres"):
             self._shard = build_shard(
-                self.ranks, num_classes, dim, storage, optimizer, place, host_cache, where
+                self.ranks, num_classes, dim, storage, optimizer, place, host_cache, where, neighbours
             )
         self._shard.scale, self._shard.normalized = scale, normalized
         self._shard.tile, self._shard.seed = tile, seed
@@ -206,7 +208,7 @@ class ShardedMarginHead(HeadModule):
         Costs a full softmax, and moves nothing: it is the share that the next step would leave out, with
         clusters as they stand. Without a gate it is 0. Arguments and errors as those of the call.
         """
-        batch = gather_batch(self.ranks, features, labels, self.dim, self.num_classes)
+        batch = self._gather(features, labels)
         if self.weight is not None:
             self.refresh_norms()
         passes = []
@@ -218,8 +220,11 @@ class ShardedMarginHead(HeadModule):
         gated, whole = passes
         return torch.expm1((gated.lse - whole.lse).clamp_max(0.0)).abs()[whole.valid]
 
+    def _gather(self, features: Tensor, labels: Tensor) -> GatheredBatch:
+        return gather_batch(self.ranks, features, labels, self.dim, self.num_classes, self.shard.device)
+
     def _run_forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Pass]:
-        batch = gather_batch(self.ranks, features, labels, self.dim, self.num_classes)
+        batch = self._gather(features, labels)
         if self.weight is not None:
             self.refresh_norms()
         if self.training:
