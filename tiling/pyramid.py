@@ -108,7 +108,7 @@ def _quads(data: Array) -> Array:
 
 
 def _create(group: Any, profile: Profile, number: int, size: tuple[int, int]) -> None:
-    from tiling.zarr_store import create_level, create_mask
+    from tiling.zarr_layout import create_level, create_mask
 
     finest = group["0"]
     level = replace(

@@ -195,3 +195,19 @@ def test_a_mean_that_meets_the_nodata_value_stays_data(write_tif, tmp_path, kind
     assert open_raster(path, resolution=20, resampling="average").mask().all()
     store = to_zarr(open_raster(path), tmp_path / "a.zarr")
     assert open_raster(store.name, resolution=20, resampling="average").mask().all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_stacks_over_other_grids_miss_what_each_file_misses(tmp_path, seed: int) -> None:
+    """The second file's pixels are twice as large; any layout of masks and alpha."""
+    random = np.random.default_rng(3000 + seed)
+    fine, coarse = (random_file(random, tmp_path / f"{name}.tif") for name in ("fine", "coarse"))
+    with rasterio.open(coarse, "r+") as file:
+        file.transform = from_origin(5e5, 5e6, 20, 20)
+    data, valid = told_by_gdal(fine)
+    other, shown = (part.repeat(2, 1).repeat(2, 2)[:, : SIZE[0], : SIZE[1]] for part in told_by_gdal(coarse))
+    read = open_raster([fine, coarse]).read(masked=True)
+    known = np.concatenate([valid, shown])
+    assert np.array_equal(~np.ma.getmaskarray(read), known)
+    expected = np.concatenate([data, other]).astype(read.dtype)
+    assert np.array_equal(read.data[known], expected[known])
