@@ -202,7 +202,11 @@ def _export(model: _Called, shape: tuple[int, int, int], name: str) -> torch.exp
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with torch.inference_mode(False), FakeTensorMode(allow_non_fake_inputs=True):
         image = torch.empty(1, *shape, dtype=dtype, device=device)
-    ordinary = torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False)
+    # Nothing may be differentiated around tensors that were made in inference mode.
+    frozen = any(one.is_inference() for one in (*model.parameters(), *model.buffers()))
+    grad = torch.no_grad() if frozen else torch.enable_grad()
+    kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+    ordinary = torch.inference_mode(False), grad, torch.autocast(kind, enabled=False)
     with warnings.catch_warnings(), quiet_torch(), ExitStack() as modes:
         for mode in (*ordinary, differentiable(model), untouched(model.network)):
             modes.enter_context(mode)

@@ -139,15 +139,21 @@ class Watch(TorchFunctionMode):
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
     """While it lasts every parameter asks for a gradient, so that it is seen where one is stopped."""
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
-    frozen = [p for p in frozen if not p.is_inference()]
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    frozen = [p for p in parameters if not p.requires_grad and not p.is_inference()]
+    useless = [p for p in parameters if p.requires_grad and p.is_inference()]  # export can't stand them
     try:
         for parameter in frozen:
             parameter.requires_grad_(True)
+        for parameter in useless:
+            parameter.requires_grad_(False)
         yield
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
+        with torch.inference_mode():
+            for parameter in useless:
+                parameter.requires_grad_(True)
 
 
 def without_needless_stops(graph: fx.Graph, is_stop: Callable[[fx.Node], bool]) -> None:

@@ -100,6 +100,8 @@ def _followed(name: str, before: Tensor, live: dict[str, Tensor], traced: Tensor
     if now.shape != traced.shape or now.dtype != traced.dtype:
         was, is_ = (f"{one.dtype} {tuple(one.shape)}" for one in (traced, now))
         raise _stale(f"its {name} was {was} and is {is_}")
+    if now.is_meta:
+        raise ValueError(f"the network's {name} has no values: it is on the meta device")
     return now
 
 

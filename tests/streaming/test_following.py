@@ -261,3 +261,21 @@ def test_the_network_s_own_eval_is_not_called() -> None:
             return self
 
     StreamedModel(Merging(), SHAPE)
+
+
+def test_weights_made_in_inference_mode_stream_forward() -> None:
+    with torch.inference_mode():
+        model = Net().eval()
+    image = torch.randn(SHAPE, dtype=torch.float64)
+    with torch.inference_mode():
+        whole = model(image[None])
+    torch.testing.assert_close(StreamedModel(model, SHAPE, dtype=torch.float64)(image), whole.clone())
+
+
+def test_weights_without_values_are_planned_and_not_streamed() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(3, 2, 3, padding=1), nn.ReLU())
+    streamed = StreamedModel(model, SHAPE)
+    assert streamed.plan.flops > 0
+    with pytest.raises(ValueError, match=r"0\.weight has no values"):
+        streamed(torch.randn(SHAPE))
