@@ -28,7 +28,7 @@ def test_a_log_gets_a_line_a_tenth() -> None:
         lines.computed(share * 4_000_000)
     lines.finishing(0.5)
     assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
-        "in/a.tif: exact, bfloat16 (99.95% of the classes are the same in bfloat16), streamed bands of "
+        "in/a.tif: exact, bfloat16 (99.95% is the same in bfloat16), streamed bands of "
         "8192 rows with a halo of 288 px, about 3.0 GiB; 50% was finished before",
         "a.tif: 10%, 0.04 Mpx/s, 0:01:30 left, 2.00 GiB",
         "a.tif: 50%, 0.04 Mpx/s, 0:00:50 left, 2.00 GiB",

@@ -134,7 +134,7 @@ def test_overviews_of_classes_hold_classes_beyond_a_colour_table_too(tmp_path: P
         writer = create_zarr(target, pixels.shape, "uint16", nodata=65535.0, staging=ledger.pixels)
         for tile in writer.grid():
             writer.write(pixels[:, *tile.core.toslices()], tile.core)
-        finish(ledger, writer, target, {}, lambda done: None)
+        finish(ledger, writer, target, {}, lambda done: None, overwrite=False)
     if suffix == ".tif":
         with rasterio.open(target, overview_level=0) as file:
             coarse = file.read()

@@ -33,7 +33,13 @@ class Beginning:
 
 
 def begin(
-    ledger: Ledger, target: Path, scene: Scene, spec: NetworkSpec, options: Options, origin: Provenance
+    ledger: Ledger,
+    target: Path,
+    scene: Scene,
+    spec: NetworkSpec,
+    options: Options,
+    origin: Provenance,
+    precision: Precision | None = None,
 ) -> Beginning:
     """Go on with what the ledger holds of this very run, as far as it is sound; begin anew if not.
 
@@ -66,7 +72,7 @@ def begin(
         told = "another command's unfinished result was given up for this one"
     ledger.clear()
     analysis = analyse(network.module, scene.shape)
-    precision = choose_precision(scene, spec, options, kind, analysis.stride)
+    precision = precision or choose_precision(scene, spec, options, kind, analysis.stride)
     disk = shutil.disk_usage(ledger.folder).free
     plan = plan_scene(
         scene.shape,

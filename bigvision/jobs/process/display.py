@@ -104,7 +104,7 @@ def _cut(scene: str, plan: Plan, pixels: int, left: int) -> str:
     """How a scene is cut, in one line."""
     same = ""
     if plan.agreement is not None:
-        same = f" ({plan.agreement:.2%} of the classes are the same in bfloat16)"
+        same = f" ({plan.agreement:.2%} is the same in bfloat16)"
     resumed = "" if left == pixels else f"; {1 - left / pixels:.0%} was finished before"
     return (
         f"{scene}: {plan.exactness}, {plan.dtype}{same}, {plan.cut}, "

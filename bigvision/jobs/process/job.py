@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from bigvision.jobs.process.batch import find_scenes
+from bigvision.jobs.process.batch_precision import precision_of
 from bigvision.jobs.process.cluster import open_client
 from bigvision.jobs.process.display import print_table, printable, show_progress, stopped_line
 from bigvision.jobs.process.network import network_spec
 from bigvision.jobs.process.options import Options
 from bigvision.jobs.process.places import check_batch
+from bigvision.jobs.process.precision import Precision
 from bigvision.jobs.process.report import check_report, write_report
 from bigvision.jobs.process.run import Outcome, Watcher, run_scene
 from bigvision.jobs.process.usage import MemoryWatch
@@ -39,11 +41,12 @@ def process_scenes(scenes: Sequence[str], out: Path, options: Options, *, report
     console = Console(stderr=True)
     outcomes: list[Outcome] = []
     try:
+        precision = precision_of(found, options)
         with open_client(options) as client, MemoryWatch() as watch:
             for paths, target in found:
                 watch.restart()
                 with show_progress(console, watch) as watcher:
-                    outcome = _attempt(paths, target, options, client, watcher)
+                    outcome = _attempt(paths, target, options, client, watcher, precision)
                 outcomes.append(replace(outcome, peak_bytes=watch.peak))
                 if outcome.warning:
                     warning = printable(f"warning: {outcome.scene}: {outcome.warning}")
@@ -60,10 +63,15 @@ def process_scenes(scenes: Sequence[str], out: Path, options: Options, *, report
 
 
 def _attempt(
-    paths: tuple[str, ...], target: Path, options: Options, client: "Client | None", watcher: Watcher
+    paths: tuple[str, ...],
+    target: Path,
+    options: Options,
+    client: "Client | None",
+    watcher: Watcher,
+    precision: Precision | None,
 ) -> Outcome:
     try:
-        return run_scene(paths, target, options, client=client, watcher=watcher)
+        return run_scene(paths, target, options, client=client, watcher=watcher, precision=precision)
     except Exception as error:  # whatever a damaged file makes of its reader, the others are processed
         scene, told = without_secrets(paths[0]), " ".join(str(error).split())
         for path in paths:

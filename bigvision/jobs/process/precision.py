@@ -1,4 +1,4 @@
-"""Whether a network may run in bfloat16 on a scene: only where its classes stay what they are in float32.
+"""Whether a network may run in bfloat16 on a scene: only where what is written stays what it is in float32.
 
 Legend: C bands, K logits, h and w rows and columns of a region.
 """
@@ -26,7 +26,7 @@ _CANDIDATES = 4  # a side: regions with the most data are taken from a grid of t
 
 @dataclass(frozen=True)
 class Precision:
-    """The type chosen. agreement: part of the compared pixels of one class in both; None: not compared."""
+    """The type chosen. agreement: part of the compared pixels that are alike in both; None: not compared."""
 
     dtype: str
     agreement: float | None
@@ -40,9 +40,14 @@ def choose_precision(
         return Precision(options.dtype, None)
     if not has_fast_bfloat16(spec.device):
         return Precision("float32", None)
-    regions = _regions(scene)
-    if not regions:
-        return Precision("float32", None)
+    regions = regions_of(scene)
+    return judged(spec, kind, stride, options, regions) if regions else Precision("float32", None)
+
+
+def judged(
+    spec: NetworkSpec, kind: ResultKind, stride: int, options: Options, regions: list[Region]
+) -> Precision:
+    """bfloat16 where enough of what is written of `regions` is what it is in float32."""
     agreement = _agreement(spec, kind, regions, stride)
     return Precision("bfloat16" if agreement >= options.min_agreement else "float32", agreement)
 
@@ -62,18 +67,18 @@ def agreement_of(
     regions: list[Region],
     stride: int,
 ) -> float:
-    """The part of the valid pixels of `regions` ([C, h, w], bool [h, w]) to which both give one class."""
+    """The part of the valid pixels of `regions` ([C, h, w], bool [h, w]) for which both write the same."""
     same = total = 0
     for pixels, valid in regions:
         image = to_strides(pixels, stride)
         rows, columns = valid.shape
-        one, other = (kind.classes(net(image)[:, :rows, :columns]).cpu() for net in (exact, quick))
-        same += int(((one == other) & torch.from_numpy(valid)).sum())
+        one, other = (net(image)[:, :rows, :columns] for net in (exact, quick))
+        same += int((kind.alike(one, other).cpu() & torch.from_numpy(valid)).sum())
         total += int(valid.sum())
     return same / total
 
 
-def _regions(scene: Scene) -> list[Region]:
+def regions_of(scene: Scene) -> list[Region]:
     """A few windows with the most data among evenly spread ones; none where all is nodata."""
     frame = scene.frame
     side = 512 if min(frame.height, frame.width) >= _LARGE else 256

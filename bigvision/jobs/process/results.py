@@ -114,6 +114,15 @@ class ResultKind:
         p = output.float()
         return p.logit(1e-7) if self.channels == 1 else p.clamp_min(1e-30).log()
 
+    def alike(self, one: Tensor, other: Tensor) -> Tensor:
+        """Where two outputs [K, h, w] are written alike, bool [h, w]: one class; probabilities within 0.01 of
+        each other; logits within a hundredth of the largest."""
+        if self.output == "classes":
+            return self.classes(one) == self.classes(other)
+        first, second = self.convert(one), self.convert(other)
+        most = first.abs().max() if self.output == "logits" else 1.0
+        return ((first - second).abs() <= 0.01 * most).all(0)
+
     def spoilt(self, output: Tensor) -> Tensor | None:
         """Where a pixel of [K, h, w] has a NaN or infinite value, bool [h, w]; None where none has."""
         if not output.is_floating_point() or bool(output.sum(dtype=torch.float32).isfinite()):

@@ -16,6 +16,7 @@ from bigvision.jobs.process.network import NetworkSpec, load_network, network_fo
 from bigvision.jobs.process.options import Options
 from bigvision.jobs.process.places import check_places, check_record, fingerprint_at, is_ours
 from bigvision.jobs.process.planning import Plan
+from bigvision.jobs.process.precision import Precision
 from bigvision.jobs.process.previous import Previous, Reuse, copy_unchanged, open_previous, reuse_of
 from bigvision.jobs.process.provenance import Provenance, provenance
 from bigvision.jobs.process.routed import run_routed
@@ -77,6 +78,7 @@ def run_scene(
     *,
     client: "Client | None" = None,
     watcher: Watcher | None = None,
+    precision: Precision | None = None,
 ) -> Outcome:
     """Process one scene into `target`; ValueError or OSError where it can't be done."""
     begun = time.perf_counter()
@@ -110,7 +112,7 @@ def run_scene(
             outcome = _with_loss(outcome, routed.lost)
             return replace(outcome, computed=routed.computed, seconds=seconds, routed=routed.summary)
         previous = _previous(target, paths, scene, spec, options, origin, reuse)
-        beginning = begin(ledger, target, scene, spec, options, origin)
+        beginning = begin(ledger, target, scene, spec, options, origin, precision)
         plan, writer = beginning.plan, beginning.writer
         outcome = outcome.warned(beginning.told)
         computed = _compute(ledger, scene, spec, options, plan, writer, client, watcher, previous)
