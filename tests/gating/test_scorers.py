@@ -31,6 +31,12 @@ def test_scores_are_the_loop(t: int, e: int, d: int) -> None:
             assert float(cosine[i, j]) == pytest.approx(dot / norms / 0.5, abs=1e-12)
 
 
+def test_without_a_temperature_the_logits_are_the_cosines() -> None:
+    x, scorer = torch.randn(7, 4), CosineScorer(4, 5)
+    torch.testing.assert_close(scorer(x), cosine_scores(x, scorer.weight))
+    assert float(scorer(scorer.weight.detach()).diagonal().min().detach()) == pytest.approx(1.0)
+
+
 def test_permuting_experts_permutes_logits() -> None:
     x, weight, order = torch.randn(7, 4), torch.randn(5, 4), torch.randperm(5)
     torch.testing.assert_close(linear_scores(x, weight[order]), linear_scores(x, weight)[:, order])

@@ -6,8 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from bigvision.gating import counter_key
 from heads import SGD, Adam, Margin, ShardedMarginHead, kernels, sampled
-from heads.counter import normal_rows, round_stochastically, row_keys, row_noise
+from heads.counter import (
+    STREAM_CATCH_UP,
+    STREAM_INIT,
+    STREAM_ROUNDING,
+    normal_rows,
+    round_stochastically,
+    rounding_noise,
+    row_keys,
+    row_noise,
+)
 
 
 def test_starting_centres_are_nearly_normal_and_all_different() -> None:
@@ -27,6 +37,38 @@ def test_a_shard_draws_what_the_whole_draws_and_other_seeds_others() -> None:
     assert not (normal_rows(4, torch.arange(100), 8, 1.0, torch.float32) == whole).all(1).any()
     far = torch.tensor([2**31 + 5, 5, 2**40 + 5])  # ids beyond 32 bits are ids of their own
     assert len(normal_rows(3, far, 8, 1.0, torch.float32).unique(dim=0)) == 3
+
+
+def mixed(x: int) -> int:
+    """The hash prospector's mixer on Python's integers, of 32 bits."""
+    x &= 0xFFFFFFFF
+    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 77], [2**31 - 1, 2**31, 2**40 + 5]])
+def test_bits_are_those_of_the_definition(ids: list[int]) -> None:
+    """Another constant would do as well, but a run that is resumed must draw what it would have drawn."""
+    seed, step, dim = 3, 11, 5
+    for stream, at in ((STREAM_INIT, 0), (STREAM_CATCH_UP, step), (STREAM_ROUNDING, step)):
+        base = counter_key(seed, stream, at)
+        low, high = [i & 0x7FFFFFFF for i in ids], [i >> 31 for i in ids]
+        first = [mixed(mixed(a ^ base) + b) for a, b in zip(low, high, strict=True)]
+        second = [mixed(mixed(a + (base >> 32)) ^ b) for a, b in zip(low, high, strict=True)]
+        keys = row_keys(seed, stream, at, torch.tensor(ids))
+        assert [[int(k) & 0xFFFFFFFF for k in key] for key in keys] == [first, second]
+        golden = [column * 0x9E3779B9 for column in range(dim)]
+        for number in range(4):
+            words = [[mixed(k ^ g) for g in golden] for k in (first, second)[number // 2]]
+            expected = [[(w >> 16 * (number % 2)) & 0xFFFF for w in row] for row in words]
+            noise = rounding_noise(keys, number, dim) & 0xFFFF
+            assert noise.tolist() == expected
+        if stream == STREAM_INIT:
+            bits = [[mixed(mixed(a ^ g) ^ b) for g in golden] for a, b in zip(first, second, strict=True)]
+            sums = [[sum(word.to_bytes(4, "little")) - 510 for word in row] for row in bits]
+            drawn = normal_rows(seed, torch.tensor(ids), dim, 147.8005, torch.float64)
+            torch.testing.assert_close(drawn, torch.tensor(sums, dtype=torch.float64))
 
 
 def test_rounding_is_between_the_neighbours_and_unbiased() -> None:
