@@ -61,14 +61,19 @@ def area_bins(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
     return bins * size_in // size_out, -((-(bins + 1) * size_in) // size_out)
 
 
-def resample_rows(x: Tensor, taps: Taps, rows: int, start: int) -> Tensor:
-    """Mix the rows (axis `rows`) of `x`, whose first is the image's row `start`; differentiable."""
+def resample_rows(x: Tensor, taps: Taps, rows: int, start: int, *, skip_zeros: bool = False) -> Tensor:
+    """Mix the rows (axis `rows`) of `x`, whose first is the image's row `start`; differentiable.
+
+    `skip_zeros` leaves taps of weight 0 out, so that what is not finite there does no harm.
+    """
     index = torch.from_numpy(taps.index - start).to(x.device)
     weight = torch.from_numpy(taps.weight).to(x)
     shape = [-1 if axis == rows % x.ndim else 1 for axis in range(x.ndim)]
     mixed = x.index_select(rows, index[:, 0]) * weight[:, 0].view(shape)
     for t in range(1, index.shape[1]):
-        mixed = torch.addcmul(mixed, x.index_select(rows, index[:, t]), weight[:, t].view(shape))
+        part, share = x.index_select(rows, index[:, t]), weight[:, t].view(shape)
+        part = torch.where(share == 0, 0, part) if skip_zeros else part
+        mixed = torch.addcmul(mixed, part, share)
     return mixed
 
 

@@ -14,10 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from bigvision.graph.trace import result_shape
 from bigvision.streaming.kernels import Span, Values
-from bigvision.streaming.lines import Columns, LinePlan, column_padding, overwritten_input, plan_lines
+from bigvision.streaming.lines import (
+    Columns,
+    LinePlan,
+    column_padding,
+    keeps_finite,
+    overwritten_input,
+    plan_lines,
+)
 from bigvision.streaming.program import Pass, Stage
 from bigvision.streaming.row_store import GivenRows
 from bigvision.streaming.scan import Lines, StepResult, held_rows, no_rows
@@ -150,6 +158,9 @@ class Scanner:
         }
         windows = (line.window for line in self.lines.values() if line.window is not None)
         self.overwritten = frozenset(window.data.untyped_storage().data_ptr() for window in windows)
+        # From the first value on that may not be finite, kernels that would lose NaN are left alone.
+        self.wary = any(stage.careful is not None for stage in walk.stages)
+        self.finite = not self.wary or all(map(_is_finite, held.values()))
 
     def advance(self, t: int) -> StepResult:
         """Step `t`: the new output rows and statistics' sums."""
@@ -215,7 +226,13 @@ class Scanner:
                     )
             if line.delay is not None and rows is not None:
                 line.delay.push(kept, rows)
+        self._watch(*lines.values())
         return self
+
+    def _watch(self, *rows: Any) -> None:
+        """Notice values that are not finite, where that matters."""
+        if self.wary and self.finite:
+            self.finite = all(map(_is_finite, rows))
 
     def _lasting(self, rows: Tensor) -> Tensor:
         """The rows, where no later step writes: a crop's are a view of a line buffer."""
@@ -233,12 +250,15 @@ class Scanner:
             rows = self._write(stage, a, b, place)
         else:
             span = stage.span(a, b)
-            rows = stage.kernel(self._values(stage, span), span)
+            kernel = stage.kernel if self.finite or stage.careful is None else stage.careful
+            rows = kernel(self._values(stage, span), span)
         if line.window is not None and (line.delay is not None or given):
             line.window.reserve(int(line.plan.window_keep[t]), b - a).copy_(rows)
         if line.delay is not None:
             line.delay.push(a, self._lasting(rows))
         line.fresh, line.fresh_first = rows, a
+        if given or not keeps_finite(stage):
+            self._watch(rows)
         return rows
 
     def _write(self, stage: Stage, a: int, b: int, place: Tensor) -> Tensor:
@@ -311,3 +331,8 @@ class Scanner:
             line = self.lines[source]
             if line.plan.last_reader is stage.node:
                 line.fresh = None
+
+
+def _is_finite(value: Any) -> bool:
+    parts = (part for part in pytree.tree_leaves(value) if isinstance(part, Tensor))
+    return all(bool(torch.isfinite(part.sum())) for part in parts)

@@ -82,7 +82,9 @@ def _merged(stage: Stage, private: list[Stage], readers: list[Stage]) -> Stage:
     followed = len(readers) == 1 and (_is_elementwise(readers[0]) or _factors(readers[0]) != (1, 1))
     if name in ACTIVATIONS and private and operator_name(private[0].node) == "conv2d" and not followed:
         kernel = convolution(private[0].node, PackedConvolution(name))
-        return replace(private[0], node=stage.node, operators=(private[0].node, stage.node), kernel=kernel)
+        careful = convolution(private[0].node, PackedConvolution(name, fused=False))
+        operators = (private[0].node, stage.node)
+        return replace(private[0], node=stage.node, operators=operators, kernel=kernel, careful=careful)
     parts = [part for part in private if _is_elementwise(part)]
     if parts and (_is_elementwise(stage) or _factors(stage) != (1, 1)):
         return _tree(stage, parts)

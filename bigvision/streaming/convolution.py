@@ -78,10 +78,16 @@ def channels_first(x: Tensor) -> Tensor:
 
 
 class PackedConvolution:
-    """A convolution with its activation, for inference; the weight is packed for oneDNN once."""
+    """A convolution with its activation, for inference; the weight is packed for oneDNN once.
 
-    def __init__(self, activation: str) -> None:
-        self._name, self._in_place = ACTIVATIONS[activation]
+    Args:
+        activation: by ATen's name.
+        fused: let oneDNN apply it. Its ReLU gives 0 for NaN.
+    """
+
+    def __init__(self, activation: str, *, fused: bool = True) -> None:
+        name, self._in_place = ACTIVATIONS[activation]
+        self._name, self._fused = name if fused else "none", fused
         self._packed: tuple[Tensor, int, Tensor] | None = None  # a weight, its version, what it was packed to
 
     def __call__(
@@ -105,9 +111,18 @@ class PackedConvolution:
             )
             self._packed = packed = weight, version, blocks
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, packed[2], bias, padding, stride, dilation, groups, self._name, [], ""
+            x,
+            packed[2],
+            bias,
+            padding,
+            stride,
+            dilation,
+            groups,
+            self._name,
+            [],
+            "",
         )
-        return y
+        return y if self._fused else self._in_place(y)
 
 
 def _packs(x: Tensor) -> bool:

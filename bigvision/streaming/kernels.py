@@ -276,9 +276,10 @@ def _interpolation(node: fx.Node, flow: Flow) -> Kernel:
     if whole is not None and not align_corners and kind != "bicubic":
         return _magnification(node, source, whole)
     dtype = node.meta["val"].dtype
-    taps = interpolation_taps(
-        kind, before[0], after[0], align_corners=align_corners, factor=factors[0], dtype=dtype
-    )
+    taps = [
+        interpolation_taps(kind, n, m, align_corners=align_corners, factor=factor, dtype=dtype)
+        for n, m, factor in zip(before, after, factors, strict=True)
+    ]
     return _by_taps(source, taps, lambda x: interpolate_columns(x, after[1], kind, align_corners, factors[1]))
 
 
@@ -316,16 +317,28 @@ def _magnification(node: fx.Node, source: fx.Node, factor: tuple[int, int]) -> K
 def _area(node: fx.Node, flow: Flow) -> Kernel:
     source = arguments(node)["self"]
     before, after = result_shape(source)[-2:], result_shape(node)[-2:]
-    taps = area_taps(before[0], after[0])
-    return _by_taps(source, taps, lambda x: interpolate_columns(x, after[1], "area", False, None))
+    taps = [area_taps(n, m) for n, m in zip(before, after, strict=True)]
+    return _by_taps(
+        source, taps, lambda x: interpolate_columns(x, after[1], "area", False, None), skip_zeros=True
+    )
 
 
-def _by_taps(source: fx.Node, taps: Taps, columns: Callable[[Tensor], Tensor]) -> Kernel:
+def _by_taps(
+    source: fx.Node, taps: list[Taps], columns: Callable[[Tensor], Tensor], skip_zeros: bool = False
+) -> Kernel:
+    """Rows by their taps, then `columns` by the operator's own kernel, which reads the row below, times 0.
+
+    Where that isn't finite, columns go by their taps as well, so that NaN does not spread.
+    """
+
     def run(values: Values, span: Span) -> Tensor:
         x = values(source)
-        here = Taps(taps.index[span.a : span.b], taps.weight[span.a : span.b])
+        here = Taps(taps[0].index[span.a : span.b], taps[0].weight[span.a : span.b])
         wide = x if x.dtype == torch.float64 else x.float()  # one rounding at the end, as the operator does
-        return columns(resample_rows(wide, here, -2, span.read[0])).to(x.dtype)
+        if bool(torch.isfinite(wide.detach().sum())):
+            return columns(resample_rows(wide, here, -2, span.read[0])).to(x.dtype)
+        rows = resample_rows(wide, here, -2, span.read[0], skip_zeros=skip_zeros)
+        return resample_rows(rows, taps[1], -1, 0, skip_zeros=skip_zeros).to(x.dtype)
 
     return run
 

@@ -134,3 +134,17 @@ def overwritten_input(stage: Stage) -> fx.Node | None:
         return None
     same = result_shape(source) == result_shape(node) and source.meta["val"].dtype == node.meta["val"].dtype
     return source if same else None
+
+
+# Of finite numbers below the type's limits they make finite ones.
+_KEEP_FINITE = (_OWNERS - {"div"}) | {
+    *("getitem", "slice", "select", "view", "permute", "transpose", "alias", "clone", "split", "unbind"),
+    *("split_with_sizes", "pad", "constant_pad_nd", "pixel_shuffle", "max_pool2d_with_indices", "layer_norm"),
+    *("_native_batch_norm_legit_no_training", "native_layer_norm", "group_norm", "adaptive_avg_pool2d"),
+    *("upsample_nearest2d", "upsample_bilinear2d"),
+}
+
+
+def keeps_finite(stage: Stage) -> bool:
+    """Whether a stage makes finite numbers of finite ones."""
+    return all(operator_name(node) in _KEEP_FINITE for node in stage.operators)

@@ -40,6 +40,7 @@ class Stage:
         free: it depends on no image row, only on held values, so it runs when its consumers ask.
         broadcasts: it takes its inputs, held ones too, row for row.
         kernel: computes some of its rows; `writer` does so in a given place, where the operator can.
+        careful: a kernel for rows that may not be finite, where `kernel` would lose NaN.
     """
 
     node: fx.Node
@@ -55,6 +56,7 @@ class Stage:
     broadcasts: bool
     kernel: Kernel
     writer: Writer | None
+    careful: Kernel | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -117,7 +117,7 @@ def _matmul(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     bmm="self mat2",
     einsum="tensors equation path",
     baddbmm="self batch1 batch2 beta alpha",
-    scaled_dot_product_attention="query key value attn_mask dropout_p is_causal scale enable_gqa",
+    scaled_dot_product_attention="query key value is_causal scale",
 )
 def _attention(node: fx.Node, args: dict[str, Any], source: Flow) -> Flow:
     raise refusal(node, "it is attention over pixels")
