@@ -74,7 +74,6 @@ aten = torch.ops.aten
     ("function", "message"),
     [
         (lambda v: v.view(torch.int32).float(), "view at .* the argument dtype=torch.int32"),
-        (lambda v: aten.native_dropout(v, 0.5, True)[0], "native_dropout at .* the argument train=True"),
         (lambda v: aten.upsample_nearest2d(v, [3, 4]), "upsample_nearest2d at .* argument self=a tensor of"),
         (lambda v: F.conv2d(v, v[:, :, :2, :2]), "conv2d at .* its `weight` is made of rows"),
         (lambda v: v.norm(p=0.5, dim=(2, 3)), "linalg_vector_norm at .* not ord=0.5"),

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bigvision.graph import trace
 from bigvision.streaming import StreamedModel
-from bigvision.streaming.backward import BackwardResult
+from bigvision.streaming.backward import BackwardResult, backward
 from bigvision.streaming.forecast import Budget
-from bigvision.streaming.losses import Loss
+from bigvision.streaming.losses import CrossEntropy, Loss
+from bigvision.streaming.program import compile_program
+from bigvision.streaming.source import ImageRows
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,65 @@ def compare(
         scale = max(float(reference.norm()), 1e-4 * max(_norm(one) for one in expected.values()))
         worst = max(worst, float((parameter.grad - reference).norm()) / max(scale, 1e-30))
     return Compared(worst, abs(result.loss - value) / max(abs(value), 1e-30), result)
+
+
+def graph_gradient_error(model: nn.Module, shape: tuple[int, int, int], rows: int) -> float | None:
+    """The error of the streamed gradient of a network at its own size, whatever the shape of its output.
+
+    None where there is no gradient to compare with: none at all, none that is finite, or one that rounding of
+    the image moves (see `settled`).
+    """
+    model = Framed(model, shape).double().eval()
+    image = torch.randn(shape, dtype=torch.float64)
+    target = torch.randint(0, 3, shape[1:])
+    program = compile_program(trace(model, shape))
+    if program.output not in program.stages:  # of the few rows of a small image, gathered whole
+        return None
+    nearby = image * (1 + 1e-13 * torch.randn_like(image))
+    try:
+        moved = _all_gradients(model, nearby, target)
+        expected = _all_gradients(model, image, target)
+    except RuntimeError:  # an operator without a derivative
+        return None
+    if not expected.isfinite().all() or not expected.any():
+        return None
+    scale = float(expected.norm())
+    if float((moved - expected).norm()) > 1e-9 * scale:
+        return None
+    model.zero_grad()
+    source = ImageRows(image, shape, shape[1:], image.dtype, image.device)
+    backward(program, source, target, CrossEntropy(), budget=Budget(rows=rows))
+    return float((_flat(model) - expected).norm()) / scale
+
+
+class Framed(nn.Module):
+    """A network between two convolutions, its output brought to the image's size and three classes."""
+
+    def __init__(self, body: nn.Module, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.first, self.body = nn.Conv2d(shape[0], shape[0], 3, padding=1), body
+        with torch.no_grad():
+            made = self.body(torch.zeros(1, *shape, dtype=torch.float64))
+        self.flat, self.size = made.ndim == 2, shape[1:]
+        self.last = nn.Conv2d(shape[0] if self.flat else made.shape[1], 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y = self.body(x)
+        if self.flat:
+            y = x * y.sum()
+        return self.last(F.interpolate(y, size=self.size) if y.shape[-2:] != self.size else y)
+
+
+def _all_gradients(model: nn.Module, image: Tensor, target: Tensor) -> Tensor:
+    whole_gradients(model, image, 1, CrossEntropy(), target, None)
+    return _flat(model)
+
+
+def _flat(model: nn.Module) -> Tensor:
+    """All gradients in one vector, zeros where there is none."""
+    found = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+    return torch.cat([one.flatten() for one in found])
 
 
 def whole_gradients(
