@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from bigvision.graph.trace import result_shape
-from bigvision.streaming.kernels import Span, Values
+from bigvision.streaming.kernels import Span, Values, is_finite
 from bigvision.streaming.lines import (
     Columns,
     LinePlan,
@@ -160,7 +160,7 @@ class Scanner:
         self.overwritten = frozenset(window.data.untyped_storage().data_ptr() for window in windows)
         # From the first value on that may not be finite, kernels that would lose NaN are left alone.
         self.wary = any(stage.careful is not None for stage in walk.stages)
-        self.finite = not self.wary or all(map(_is_finite, held.values()))
+        self.finite = not self.wary or all(map(_all_finite, held.values()))
 
     def advance(self, t: int) -> StepResult:
         """Step `t`: the new output rows and statistics' sums."""
@@ -232,7 +232,7 @@ class Scanner:
     def _watch(self, *rows: Any) -> None:
         """Notice values that are not finite, where that matters."""
         if self.wary and self.finite:
-            self.finite = all(map(_is_finite, rows))
+            self.finite = all(map(_all_finite, rows))
 
     def _lasting(self, rows: Tensor) -> Tensor:
         """The rows, where no later step writes: a crop's are a view of a line buffer."""
@@ -333,6 +333,5 @@ class Scanner:
                 line.fresh = None
 
 
-def _is_finite(value: Any) -> bool:
-    parts = (part for part in pytree.tree_leaves(value) if isinstance(part, Tensor))
-    return all(bool(torch.isfinite(part.sum())) for part in parts)
+def _all_finite(value: Any) -> bool:
+    return all(is_finite(part) for part in pytree.tree_leaves(value) if isinstance(part, Tensor))

@@ -335,12 +335,17 @@ def _by_taps(
         x = values(source)
         here = Taps(taps[0].index[span.a : span.b], taps[0].weight[span.a : span.b])
         wide = x if x.dtype == torch.float64 else x.float()  # one rounding at the end, as the operator does
-        if bool(torch.isfinite(wide.detach().sum())):
+        if is_finite(wide):
             return columns(resample_rows(wide, here, -2, span.read[0])).to(x.dtype)
         rows = resample_rows(wide, here, -2, span.read[0], skip_zeros=skip_zeros)
         return resample_rows(rows, taps[1], -1, 0, skip_zeros=skip_zeros).to(x.dtype)
 
     return run
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether its sum is: no, in doubt. A tensor without memory has nothing that isn't."""
+    return x.is_meta or bool(torch.isfinite(x.detach().sum()))
 
 
 def pad_rows(x: Tensor, span: Span, value: float = 0.0) -> Tensor:
