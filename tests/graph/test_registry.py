@@ -36,7 +36,7 @@ def unhonoured() -> Iterator[tuple[torch._ops.OpOverload, str]]:
     """Every argument of every overload of every operator with a rule that the rule does not name."""
     for name, one in RULES.items():
         packet = getattr(torch.ops.aten, name)
-        for overload in map(packet.__getattr__, packet.overloads()):
+        for overload in (getattr(packet, one) for one in packet.overloads()):
             for argument in overload._schema.arguments:
                 if argument.name not in one.honours:
                     yield overload, argument.name
