@@ -36,7 +36,9 @@ def train(
     class_weights: Annotated[
         str | None, typer.Option(help="One number a class, or balanced (inverse frequency).")
     ] = None,
-    epochs: Annotated[int, typer.Option(help="How often to go through the scenes.")] = 10,
+    epochs: Annotated[
+        int | None, typer.Option(help="Times through the scenes. Default: 10; whole: enough for 100 steps.")
+    ] = None,
     crop: Annotated[int, typer.Option(help="Side of a random crop; 0 trains on whole scenes.")] = 256,
     batch: Annotated[int, typer.Option(help="Crops a step, over all ranks.")] = 8,
     steps_per_epoch: Annotated[int | None, typer.Option(help="Default: all pixels once.")] = None,

@@ -17,7 +17,7 @@ from bigvision.jobs.train_raster.data import TrainingData, balanced_weights, cha
 from bigvision.jobs.train_raster.losses import build_loss
 from bigvision.jobs.train_raster.memory import most_demanding
 from bigvision.jobs.train_raster.optimisation import OPTIMIZERS, learning_rate
-from bigvision.jobs.train_raster.options import TrainOptions
+from bigvision.jobs.train_raster.options import ENOUGH_STEPS, TrainOptions
 from bigvision.jobs.train_raster.parallel import Ranks, joined_ranks
 from bigvision.jobs.train_raster.progress import Progress
 from bigvision.jobs.train_raster.routed import RoutedNetworks
@@ -89,7 +89,7 @@ class _Run:
                 self.score = self.subject.scorer(self.data.validation, ranks, say)
         fingerprint, self.unknown = _fingerprint(pairs, options, self.subject, ranks.size)
         self.folder = RunFolder(out, fingerprint)
-        self.total = self.steps.per_epoch * options.epochs
+        self.total = options.steps(self.steps.per_epoch)
         self.done, self.best = 0, -1.0
         self.ended = True  # nothing of an epoch's end is still to be done
         self.kept: tuple[int, bool] | None = None  # (done, ended) of the last checkpoint
@@ -104,6 +104,12 @@ class _Run:
                     f"whether the data change can't be known ({why}): stopped, this run can't be gone on with"
                 )
             self._resume(stack)
+            if self.total < ENOUGH_STEPS and self.options.weights is None:
+                enough = -(-ENOUGH_STEPS // self.steps.per_epoch)
+                self.say(
+                    f"{self.total} steps in all: a fresh network seldom learns more than the commonest class "
+                    f"in fewer than {ENOUGH_STEPS}; --epochs {enough} makes as many"
+                )
             if self.done == self.total and self.ended:
                 self.say(f"{self.folder.path}: finished already ({self.total} steps)")
                 return self._result()
