@@ -126,6 +126,8 @@ def _checked(node: fx.Node, streamed: list[fx.Node], known: dict[fx.Node, Flow],
     before = {result_shape(source)[_rows(known[source])] for source in streamed}
     if len(before) > 1:
         raise refusal(node, f"its inputs have {sorted(before)} rows")
+    if before == {0}:
+        raise refusal(node, "its input has no rows")
     if flow.layout is None:
         return flow
     (size,) = before

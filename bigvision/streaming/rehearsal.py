@@ -89,11 +89,15 @@ def _require_rows(stage: Stage, span: Span, known: Known) -> None:
         result = _run(stage, span, known)
     except Exception as error:
         raise _failed(stage.node, "its rows can't be computed by themselves", error) from error
-    made = [tuple(one.shape) for one in pytree.tree_leaves(result)]
-    wanted = [tuple(one.shape) for one in _rows(stage.node, stage.axis, span.b - span.a)]
+    made = [_kind(one) for one in pytree.tree_leaves(result)]
+    wanted = [_kind(one) for one in _rows(stage.node, stage.axis, span.b - span.a)]
     several = isinstance(stage.node.meta["val"], list)  # of a tuple's parts the first is the operator's
     if made != wanted if several else made[:1] != wanted[:1]:
-        raise refusal(stage.node, f"its rows {span.a}..{span.b} would be {made[:1]}, not {wanted[:1]}")
+        raise refusal(stage.node, f"its rows {span.a}..{span.b} would be {made[0]}, not {wanted[0]}")
+
+
+def _kind(value: Tensor) -> str:
+    return f"{tuple(value.shape)} of {value.dtype}"
 
 
 def _run(stage: Stage, span: Span, known: Known, active: Active = frozenset()) -> Any:
@@ -135,9 +139,9 @@ def _held(program: Program) -> Known:
             known[node] = _summed(statistic, program.stages[statistic.source])
         except Exception as error:
             raise _failed(node, "it can't be summed over the rows", error) from error
-        made, wanted = (pytree.tree_leaves(one)[0].shape for one in (known[node], node.meta["val"]))
+        made, wanted = (_kind(pytree.tree_leaves(one)[0]) for one in (known[node], node.meta["val"]))
         if operator_name(node) not in NORMALISATIONS and made != wanted:
-            raise refusal(node, f"summed over the rows it would be {tuple(made)}, not {tuple(wanted)}")
+            raise refusal(node, f"summed over the rows it would be {made}, not {wanted}")
     return known
 
 

@@ -43,6 +43,7 @@ def _batch_norm(v: Tensor, moments: Tensor) -> Tensor:
         (lambda v, h: torch.where(v[:, :, :1] > 0, h, 0), [(H, W)], "where at .*makes 8 rows of 1"),
         (lambda v, a: a @ v[0, 0], [(7, H)], "matmul at .*its `other` is made of rows"),
         (lambda v, a: a @ v[0, 0], [(H, H)], "matmul at .*its `other` is made of rows"),
+        (lambda v: v[:, :, H:].var() + v, [], "var at .*its input has no rows"),
         (lambda v: v @ v.mT, [], "matmul at .*different axes"),
         (lambda v: v[..., :H] @ v[..., :H], [], "matmul at .*its `other` is made of rows"),
         (lambda v, x: F.conv2d(x, v), [(1, 2, 12, 12)], "conv2d at .*its `weight` is made of rows"),

@@ -41,8 +41,16 @@ def test_a_kernel_that_fails_is_refused() -> None:
 
 
 def test_a_kernel_with_other_rows_is_refused() -> None:
-    with pytest.raises(UnsupportedOperatorError, match=r"relu at .*rows 0\.\.2 would be .*\(1, 4, 1, 7\)"):
+    with pytest.raises(UnsupportedOperatorError, match=r"relu at .*rows 0\.\.2 would be \(1, 4, 1, 7\) of"):
         rehearse(with_kernel(lambda values, span: torch.empty(1, 4, 1, 7, device="meta")))
+
+
+def test_rows_of_another_type_are_refused() -> None:
+    def pooled(v: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d((v > 0).sum(1, keepdim=True), 3, 1, 1)
+
+    with pytest.raises(UnsupportedOperatorError, match=r"avg_pool2d at .*of torch\.float32, not .*int64"):
+        compile_program(trace(Then(pooled), (2, 9, 7)))
 
 
 def test_a_program_that_computes_its_rows_is_itself() -> None:
