@@ -105,3 +105,14 @@ def test_parts_are_numbers(name: str) -> None:
 def test_budgets_are_sizes(size: str) -> None:
     with pytest.raises(ValueError, match="--memory"):
         Options(model="any:net", memory=size)
+
+
+def test_a_scene_too_large_to_count_is_refused_by_its_size(tmp_path: Path) -> None:
+    """As a file of a few lines can claim to be."""
+    side, band = 2**31 - 1, '<VRTRasterBand dataType="Byte" band="1"/>'
+    vrt = tmp_path / "huge.vrt"
+    vrt.write_text(f'<VRTDataset rasterXSize="{side}" rasterYSize="{side}">{band}</VRTDataset>')
+    with pytest.raises(
+        ValueError, match=r"huge.vrt: 2147483647 x 2147483647 are 4.6e\+18 pixels, .* at most"
+    ):
+        open_scene([str(vrt)], Options(model="any:net"))

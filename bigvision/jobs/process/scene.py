@@ -17,6 +17,8 @@ from bigvision.jobs.process.options import Options
 from tiling import Raster, open_raster
 from tiling.area import Area, find_area
 
+MOST_PIXELS = 2**50  # a hundred times the Earth's land by the metre; activations of more can't be counted
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -89,7 +91,12 @@ def open_scene(paths: Sequence[str], options: Options) -> Scene:
     else:
         raster = open_raster(path, **how)
         raster = raster.select(bands=options.bands) if options.bands else raster
-    bands = raster.shape[0]
+    bands, height, width = raster.shape
+    if height * width > MOST_PIXELS:
+        raise ValueError(
+            f"{raster.name}: {height} x {width} are {height * width:.1e} pixels, a scene has at most "
+            f"{MOST_PIXELS:.1e}"
+        )
     if np.issubdtype(raster.dtype, np.complexfloating):
         raise ValueError(f"{raster.name}: complex pixels ({raster.dtype}) can't enter the network")
     return Scene(
