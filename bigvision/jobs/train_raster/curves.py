@@ -139,7 +139,8 @@ def draw_curves(training: list[Row], validation: list[Row], classes: int, path: 
         score.plot(steps, [r["mean_iou"] for r in validation], "k-", label="mean")
         score.set_ylim(0, 1)
         score.legend(fontsize=7, ncols=1 + classes // 8)
-    loss.set_yscale("log")
+    if any(row["loss"] > 0 for row in (*training, *validation)):  # where nothing is labelled it is 0
+        loss.set_yscale("log")
     loss.legend()
     for axes, name in zip((loss, *scores), ("loss", "IoU on held-out scenes"), strict=False):
         axes.set_xlabel("step")
