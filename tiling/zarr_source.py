@@ -167,13 +167,20 @@ def _profile(path: str, array: zarr.Array[Any], attributes: Mapping[str, Any]) -
         dtype=np.dtype(array.dtype),
         crs=read_crs(attributes, path),
         transform=read_transform(attributes, path),
-        nodata=nodata if nodata is None or isinstance(nodata, int) else float(nodata),
+        nodata=_nodata(nodata),
         band_names=names,
         block_shape=(array.chunks[-2], array.chunks[-1]),
         colormap=read_colormap(own),
         tags=dict(own.get("tags", {})),
         metadata=read_metadata(attributes, bands),
     )
+
+
+def _nodata(value: Any) -> float | None:
+    """As GDAL has it, a float, but for whole numbers that a float would round."""
+    if value is None or (isinstance(value, int) and abs(value) > 2**53):
+        return value
+    return float(value)
 
 
 def _check_axes(path: str, array: zarr.Array[Any], attributes: Mapping[str, Any]) -> None:
