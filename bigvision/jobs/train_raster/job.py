@@ -28,6 +28,7 @@ from bigvision.jobs.train_raster.subject import OneNetwork, Subject
 from bigvision.models.identity import architecture_hash, network_identity, state_hash
 from bigvision.streaming.losses import Loss
 from datasets.pairs import Pair, read_pairs
+from tiling import gdal_cache
 from tiling.addresses import without_secrets
 from tiling.identity import file_hash, identity
 
@@ -60,7 +61,7 @@ def train(pairs_file: Path, out: Path, options: TrainOptions, say: Say = print) 
             places, where a loss or gradient is not finite or a file can't be written: the last checkpoint
             stays.
     """
-    with joined_ranks(options.device) as ranks:
+    with joined_ranks(options.device) as ranks, gdal_cache():
         return _Run(pairs_file, out, options, ranks, say if ranks.leads else _silent).train()
 
 
