@@ -101,6 +101,19 @@ def test_what_is_no_margin_is_refused(returned: tuple[Any, ...], words: str) -> 
         head(x, y)
 
 
+def test_adaface_s_margins_are_the_paper_s() -> None:
+    """q = clip((|x| - mean)/std * h, -1, 1); the angular margin is -m q, the additive one m q + m."""
+    margin = AdaFace(m=0.4, h=0.5).eval()
+    m1, m2, m3 = margin(torch.tensor([60.0, 20.0, 0.0], dtype=torch.float64))
+    quality = torch.tensor([40.0, 0.0, -19.999], dtype=torch.float64) / 100.001 * 0.5
+    assert m1 == 1.0
+    torch.testing.assert_close(m2, -0.4 * quality)
+    torch.testing.assert_close(m3, 0.4 * quality + 0.4)
+    margin.std.fill_(1.0)
+    _, m2, m3 = margin(torch.tensor([60.0, 1.0]))  # clipped
+    assert m2.tolist() == pytest.approx([-0.4, 0.4]) and m3.tolist() == pytest.approx([0.8, 0.0])
+
+
 def test_samples_that_do_not_count_have_no_part_in_statistics_or_margins() -> None:
     """A label of -1 pads a batch: its norm, even 0, drags neither AdaFace's mean nor MagFace's penalty."""
     for margin in (AdaFace(momentum=0.5), MagFace(1.0, 12.0)):
