@@ -134,7 +134,7 @@ class _Planner:
         self.name, self.options, self.scratch_limit = name, options, scratch_limit
         self.scene = open_scene([name], options)
         self.shape = self.scene.shape
-        self.spec = network_spec(options, self.shape[0])
+        self.spec = network_spec(options, self.shape[0], scene=self.shape[1:])
         self.network: Network = network_for(self.scene.raster.name, self.spec)
         self.kind = self.network.nature.result(options)
         self.analysis = analyse(self.network.module, self.shape)
@@ -252,7 +252,7 @@ class _Planner:
     @torch.inference_mode()
     def _seconds_per_pixel(self) -> float:
         """Measured on one tile, the best of three."""
-        network = load_network(network_spec(self.options, self.shape[0], self.precision.dtype))
+        network = load_network(replace(self.spec, dtype=self.precision.dtype))
         stride = self.analysis.stride
         sides = [min(-(-side // stride) * stride, -(-_TRIAL // stride) * stride) for side in self.shape[1:]]
         image = torch.zeros(self.shape[0], *sides)

@@ -55,6 +55,8 @@ def require_differentiable(program: Program, active: Active) -> None:
     leaves = _leaves(known, active)
     tried: set[Any] = set()
     for node in program.traced.operators():
+        if _complex(node) and any(one in active for one in node.all_input_nodes):
+            raise refusal(node, "a gradient does not go through complex numbers here")
         # Whether there is a derivative depends on the operator and on what it is taken by, not on shapes.
         case = (node.target, node in program.stages, tuple(one in active for one in node.all_input_nodes))
         if node not in active or not _floating(node) or case in tried:
@@ -165,6 +167,10 @@ def _leaves(known: Known, active: Active) -> Known:
         return one.detach().requires_grad_() if isinstance(one, Tensor) and one.is_floating_point() else one
 
     return {node: pytree.tree_map(leaf, value) if node in active else value for node, value in known.items()}
+
+
+def _complex(node: fx.Node) -> bool:
+    return any(one.is_complex() for one in pytree.tree_leaves(node.meta["val"]))
 
 
 def _floating(node: fx.Node) -> bool:

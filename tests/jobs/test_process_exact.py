@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from process_networks import dict_net, pooling_net, random_net
+from process_networks import dict_net, placed_net, pooling_net, random_net
 from process_scenes import random_pixels, read, whole_image, write_scene
 from torch._inductor import config as inductor
 
@@ -176,3 +176,21 @@ def test_without_a_compiler_nothing_is_begun(tmp_path: Path) -> None:
     with none, pytest.raises(ValueError, match=r"needs a C\+\+ compiler"):
         run_scene((str(scene),), tmp_path / "out" / "scene.tif", options)
     assert not list((tmp_path / "out").glob("*.tif"))
+
+
+@pytest.mark.parametrize("engine", ["auto", "stream"])
+def test_a_network_of_one_size_runs_on_scenes_of_that_size(tmp_path: Path, engine: str) -> None:
+    pixels = random_pixels((3, 90, 70))
+    scene = write_scene(tmp_path / "scene.tif", pixels)
+    model = f"{NETWORKS}:placed_net?height=90&width=70"
+    options = Options(model, output="logits", format="zarr", engine=engine, dtype="float32")
+    run_scene((str(scene),), tmp_path / "out.zarr", options)
+    expected = whole_image(placed_net(90, 70), pixels.astype(np.float32), 1)
+    assert_equal_to_whole(open_raster(tmp_path / "out.zarr").read(), expected)
+
+
+def test_a_network_of_another_size_is_refused_by_the_scenes(tmp_path: Path) -> None:
+    scene = write_scene(tmp_path / "scene.tif", random_pixels((3, 40, 70)))
+    options = Options(f"{NETWORKS}:placed_net?height=90&width=70", output="logits", format="zarr")
+    with pytest.raises(ValueError, match=r"fails on an image of the scene's size, 3 x 40 x 70: .*90"):
+        run_scene((str(scene),), tmp_path / "out.zarr", options)

@@ -58,11 +58,18 @@ def test_a_program_that_computes_its_rows_is_itself() -> None:
     assert rehearse(program) is program
 
 
+def through_complex(v: Tensor) -> Tensor:
+    """A scale for each channel, the modulus of a complex mean."""
+    mean = v.mean((2, 3), keepdim=True)
+    return v * torch.view_as_complex(torch.stack([mean, mean * 2], -1)).abs()
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
         (lambda v: torch.igamma(v.abs() + 1, v.abs()), "igamma at .*no derivative"),
         (lambda v: torch.native_channel_shuffle(v, 2), "native_channel_shuffle at .*no derivative"),
+        (through_complex, "view_as_complex at .*complex numbers"),
         (lambda v: v.argmax(1, keepdim=True), "of type torch.int64, which has no gradient"),
         (lambda v: v.mT, "with its rows on axis 3"),
         (lambda v: torch.cat([v, v]), r"output is \(2, 4, 8, 8\)"),

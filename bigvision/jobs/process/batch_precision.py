@@ -39,7 +39,7 @@ def _kept(batch: Batch, options: Options) -> Iterator[str]:
             continue
         try:
             scene = open_scene(paths, options)
-            network = load_network(network_spec(options, scene.shape[0]))
+            network = load_network(network_spec(options, scene.shape[0], scene=scene.shape[1:]))
             mine = provenance(paths, options, network, scene.shape).fingerprint
             if target.exists() and (tags := open_raster(target).tags).get(TAG) == mine:
                 yield tags["BIGVISION_DTYPE"]
@@ -57,7 +57,7 @@ def _judged(batch: Batch, options: Options) -> Precision | None:
     for paths, _ in batch[::step][:_SCENES]:
         try:
             scene = open_scene(paths, options)
-            spec = network_spec(options, scene.shape[0])
+            spec = network_spec(options, scene.shape[0], scene=scene.shape[1:])
             network = load_network(spec)
             chosen = chosen or (
                 spec,

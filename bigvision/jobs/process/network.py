@@ -4,8 +4,9 @@ Legend: C bands in, K channels out, H and W rows and columns.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from bigvision.models.identity import architecture_hash, state_hash
 from bigvision.models.spec import first_line, load_model, parse_spec
 from bigvision.streaming.compiled import require_compiler
 
-_TRIAL = 128  # rows and columns of the image that a network is tried on: the usual strides divide it
+_TRIAL = (128, 128)  # of the image that a network is tried on: the usual strides divide it
+_LARGEST_TRIAL = 2048 * 2048  # pixels of a scene that a network of one size only is tried on
 
 
 class BandsError(ValueError):
@@ -32,6 +34,7 @@ class NetworkSpec:
     """What it takes to build the same network in any process.
 
     stamp: name, bytes and time of its files when the command began; others make another network.
+    scene: rows and columns, for a network that runs on no other size.
     """
 
     model: str
@@ -42,6 +45,7 @@ class NetworkSpec:
     compile: bool = False
     device: str = "cpu"
     stamp: tuple[tuple[str, int, int], ...] = ()
+    scene: tuple[int, int] | None = field(default=None, compare=False)
 
     def of(self, model: str, weights: Path | None) -> "NetworkSpec":
         """Another model in the same place."""
@@ -92,9 +96,10 @@ def load_network(spec: NetworkSpec) -> Network:
         raise ValueError(f"{changed}: changed while the command runs; type it again to use it as it is now")
     module = load_model(spec.model, spec.weights, trust=spec.trust)
     state, architecture = state_hash(module), architecture_hash(module)
-    module, nature = _try_out(module, spec.model, spec.channels)
+    example = _example_for(module, spec)
+    module, nature = _try_out(module, spec, example)
     if not parse_spec(spec.model).is_program:
-        fold_batch_norms(module, _example(spec.channels))
+        fold_batch_norms(module, example)
     dtype = getattr(torch, spec.dtype)
     module.to(device=spec.device, dtype=dtype)
     module.to(memory_format=torch.channels_last)
@@ -109,8 +114,10 @@ def network_for(scene: str, spec: NetworkSpec) -> Network:
         raise ValueError(f"{scene}: {error}") from error
 
 
-def network_spec(options: Options, channels: int, dtype: str = "float32") -> NetworkSpec:
-    """The network that the options name, for scenes of `channels` bands."""
+def network_spec(
+    options: Options, channels: int, dtype: str = "float32", scene: tuple[int, int] | None = None
+) -> NetworkSpec:
+    """The network that the options name, for scenes of `channels` bands; `scene`: one's rows and columns."""
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -119,9 +126,8 @@ def network_spec(options: Options, channels: int, dtype: str = "float32") -> Net
     if options.compile:
         require_compiler(torch.device(device))
     stamp = _stamp(options.model, options.weights)
-    return NetworkSpec(
-        options.model, options.weights, options.trust_model, channels, dtype, options.compile, device, stamp
-    )
+    trust, merge = options.trust_model, options.compile
+    return NetworkSpec(options.model, options.weights, trust, channels, dtype, merge, device, stamp, scene)
 
 
 def _stamp(model: str, weights: Path | None) -> tuple[tuple[str, int, int], ...]:
@@ -132,10 +138,10 @@ def _stamp(model: str, weights: Path | None) -> tuple[tuple[str, int, int], ...]
 
 
 @torch.inference_mode()
-def _try_out(module: nn.Module, name: str, channels: int) -> tuple[nn.Module, Nature]:
-    """The network with an output of four axes, and what that is, from small images.
+def _example_for(module: nn.Module, spec: NetworkSpec) -> Tensor:
+    """The small image, or one of the scene's size, that the network runs on.
 
-    ValueError for another band count, a failing forward, an unusable output.
+    ValueError for another band count, or a forward that fails on both.
     """
     seen: list[int] = []
     hooks = [
@@ -143,32 +149,47 @@ def _try_out(module: nn.Module, name: str, channels: int) -> tuple[nn.Module, Na
         for conv in module.modules()
         if isinstance(conv, nn.Conv2d)
     ]
+    sizes = [_TRIAL]
+    if spec.scene is not None and spec.scene != _TRIAL and prod(spec.scene) <= _LARGEST_TRIAL:
+        sizes.append(spec.scene)
     try:
-        output = main_output(module(_example(channels)))
-    except OutputError as error:
-        raise OutputError(f"model {name}: {error}") from error
-    except Exception as error:
-        if seen and seen[0] != channels:
-            raise BandsError(
-                f"model {name} takes {seen[0]} bands, the scene has {channels} (--bands chooses)"
-            ) from error
-        raise ValueError(
-            f"model {name} fails on {channels} x {_TRIAL} x {_TRIAL}: {first_line(error)}"
-        ) from error
+        for size in sizes:
+            try:
+                module(_example(spec.channels, size))
+                return _example(spec.channels, size)
+            except Exception as error:
+                failure = error
     finally:
         for hook in hooks:
             hook.remove()
-    if output.ndim not in (3, 4) or len(output) != 1 or output.shape[-2:] != (_TRIAL, _TRIAL):
+    if seen and seen[0] != spec.channels:
+        raise BandsError(
+            f"model {spec.model} takes {seen[0]} bands, the scene has {spec.channels} (--bands chooses)"
+        ) from failure
+    what = "an image of the scene's size, " if len(sizes) > 1 else "a trial image of "
+    raise ValueError(
+        f"model {spec.model} fails on {what}{spec.channels} x {size[0]} x {size[1]}: {first_line(failure)}"
+    ) from failure
+
+
+@torch.inference_mode()
+def _try_out(module: nn.Module, spec: NetworkSpec, example: Tensor) -> tuple[nn.Module, Nature]:
+    """The network with an output of four axes, and what that is; ValueError for an unusable output."""
+    try:
+        output = main_output(module(example))
+    except OutputError as error:
+        raise OutputError(f"model {spec.model}: {error}") from error
+    if output.ndim not in (3, 4) or len(output) != 1 or output.shape[-2:] != example.shape[-2:]:
         raise ValueError(
-            f"model {name} turns 1 x {channels} x {_TRIAL} x {_TRIAL} into {tuple(output.shape)}: "
+            f"model {spec.model} turns {' x '.join(map(str, example.shape))} into {tuple(output.shape)}: "
             "an output of the image's height and width is needed"
         )
     flat = output.ndim == 3
     try:
         run = WithChannel(module) if flat else lambda x: main_output(module(x))
-        nature = nature_of(run, _example(channels))
+        nature = nature_of(run, example)
     except ValueError as error:
-        raise ValueError(f"model {name}: {error}") from error
+        raise ValueError(f"model {spec.model}: {error}") from error
     return WithChannel(module) if flat else module, nature
 
 
@@ -185,5 +206,5 @@ class WithChannel(nn.Module):
         return output.unsqueeze(1)
 
 
-def _example(channels: int) -> Tensor:
-    return torch.randn((1, channels, _TRIAL, _TRIAL), generator=torch.Generator().manual_seed(0))
+def _example(channels: int, size: tuple[int, int]) -> Tensor:
+    return torch.randn((1, channels, *size), generator=torch.Generator().manual_seed(0))

@@ -57,7 +57,7 @@ def forecast_route(scene: str, options: Options) -> RouteForecast:
     """
     route = route_of(options)
     source = open_scene([scene], options)
-    spec = network_spec(options, source.shape[0], route_dtype(options))
+    spec = network_spec(options, source.shape[0], route_dtype(options), source.shape[1:])
     full = load_network(spec)
     cheap = load_network(replace(spec, model=route.model, weights=route.weights))
     router = SceneRouter(source, cheap.module, full.module, route, dtype=full.dtype, device=full.device)

@@ -85,7 +85,7 @@ def run_scene(
     watcher = watcher or Watcher()
     check_places(paths, target, options)
     scene = open_scene(paths, options)
-    spec = network_spec(options, scene.shape[0])
+    spec = network_spec(options, scene.shape[0], scene=scene.shape[1:])
     origin = provenance(paths, options, network_for(scene.raster.name, spec), scene.shape)
     reuse = reuse_of(target, scene, options)
     if reuse is not None:
