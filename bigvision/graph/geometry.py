@@ -84,6 +84,9 @@ def trace_padded(
             own = padded_size(height, width, found[1])
             if own == size:
                 return found
+            known = tried.get(own)
+            if isinstance(known, tuple):  # maps of one pixel hide a stride there that a larger image shows
+                return known[0], found[1]
             sizes.insert(0, own)
     return _least_bad(tried, (height, width))
 

@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 
-from bigvision.graph.outputs import main_output, tensors_alone
+from bigvision.graph.outputs import OutputError, main_output, tensors_alone
 from bigvision.graph.untouched import untouched
 from bigvision.graph.watch import UncarriedError, Watch, differentiable, without_needless_stops
 
@@ -215,6 +215,8 @@ def _export(model: _Called, shape: tuple[int, int, int], name: str) -> torch.exp
             # An empty table of decompositions leaves composite operators (linear, group_norm) whole.
             program = torch.export.export(model, (image,), strict=False).run_decompositions({})
             return _without_assertions(program)
+        except OutputError:
+            raise  # its own sentence says what to do
         except UncarriedError as error:
             raise UntraceableError(f"{name} can't be traced: {error}") from error
         except (DataDependentOutputException, DynamicOutputShapeException) as error:

@@ -28,7 +28,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     types = [
         f"{name} is {state[name].dtype}, the model's {expected[name].dtype}"
         for name in expected
-        if name in state and not _converts(state[name].dtype, expected[name].dtype)
+        if name in state and not _converts(name, state[name].dtype, expected[name].dtype)
     ]
     problems = [
         _some("missing", missing),
@@ -85,8 +85,13 @@ def _unusable(value: Any) -> str:
     return "quantised" if value.is_quantized else ""
 
 
-def _converts(found: torch.dtype, wanted: torch.dtype) -> bool:
-    """Whether numbers of one type are meant by the other: of the same kind, whatever their precision."""
+def _converts(name: str, found: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether numbers of one type are meant by the other: of the same kind, whatever their precision.
+
+    Averaged weights have fractions where a batch norm counted its batches, which decides nothing here.
+    """
+    if name.rpartition(".")[2] == "num_batches_tracked":
+        return not found.is_complex
     kinds = [(dtype.is_complex, dtype.is_floating_point) for dtype in (found, wanted)]
     return kinds[0] == kinds[1]
 

@@ -209,6 +209,7 @@ def test_no_core_or_halo_is_larger_than_the_scene(wish: dict[str, Any]) -> None:
     analysis = Analysis(4, 12, (), 100.0, 1000, "graph")
     plan = plan_scene(
         (3, 70, 90),
+        np.dtype("uint8"),
         ResultKind("classes", 4, 0.5),
         analysis,
         replace(OPTIONS, **wish),

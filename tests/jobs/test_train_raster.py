@@ -209,7 +209,7 @@ def test_bad_input_is_named_before_any_work(pairs: Path, tmp_path: Path) -> None
         assert not (tmp_path / "run").exists()
 
     refuse("class 4 at row .* classes 0 to 1", model=MODEL + "&classes=2")
-    refuse(r"does not run on an image of \(4, 256, 256\)", model=MODEL + "&in_channels=3")
+    refuse(r"does not run on an image of \(4, 32, 32\)", model=MODEL + "&in_channels=3")
     refuse("--crop 30 is not a multiple of the model's total stride 4", crop=30)
     refuse("not a map of their classes", model="torchvision:resnet18?num_classes=5", bands=(1, 2, 3))
     refuse("'lion' is none of sgd", optimizer="lion")

@@ -188,7 +188,7 @@ def test_each_network_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     export = torch.export.export
 
     def counted(model: torch.nn.Module, *given: object, **more: object) -> object:
-        traced.append(type(model).__name__)
+        traced.append(type(model.network).__name__)
         return export(model, *given, **more)
 
     monkeypatch.setattr(torch.export, "export", counted)

@@ -108,7 +108,7 @@ def test_a_buffer_has_the_zero_columns_that_most_of_the_work_wants(
     readers: list[nn.Module], columns: tuple[int, int], rows: int
 ) -> None:
     model = Readers(*readers).double()
-    assert lines_of(model, (2, 12, 7), rows)["x"].columns == columns
+    assert lines_of(model, (2, 12, 7), rows)["image"].columns == columns
     image = torch.randn(2, 12, 7, dtype=torch.float64)
     streamed = StreamedModel(model, (2, 12, 7), rows=rows, dtype=torch.float64)(image)
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """What a route would cost before the scene is computed: between its best and its worst layout."""
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,7 +59,7 @@ def forecast_route(scene: str, options: Options) -> RouteForecast:
     source = open_scene([scene], options)
     spec = network_spec(options, source.shape[0], route_dtype(options), source.shape[1:])
     full = load_network(spec)
-    cheap = load_network(replace(spec, model=route.model, weights=route.weights))
+    cheap = load_network(spec.of(route.model, route.weights))
     router = SceneRouter(source, cheap.module, full.module, route, dtype=full.dtype, device=full.device)
     rows, cols = router.grid
     count = int(route.budget * rows * cols + 1e-9)
