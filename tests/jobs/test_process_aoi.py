@@ -132,6 +132,7 @@ def test_a_routed_area_is_that_of_the_routed_scene(scene: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("model", ["random_net?seed=6", "gated_net"])
+@pytest.mark.slow
 def test_a_revisit_copies_within_the_area(scene: Path, tmp_path: Path, model: str) -> None:
     """A change outside of the area, but within the halo, is seen; one far away is not, but for statistics."""
     chosen = options(

@@ -249,6 +249,7 @@ def test_a_share_that_was_copied_is_told_of_a_resumed_run_too(scene: Path, tmp_p
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("sums/**/*.safetensors", "sums/rows.json")),
     ],
 )
+@pytest.mark.slow
 def test_damaged_statistics_are_taken_again(scene: Path, tmp_path: Path, kept: str) -> None:
     """Of a network that takes statistics of the scene, and keeps values between its passes."""
     wishes = {"model": f"{NETWORKS}:excited_net?bands=3", "tile": 16, "engine": "stream"}

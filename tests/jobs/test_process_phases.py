@@ -146,6 +146,7 @@ def command(scene: Path, out: Path, *more: str) -> list[str]:
     return [*words, "--output", "logits", "--engine", "stream", "--format", "zarr", *more]
 
 
+@pytest.mark.slow
 def test_kill_9_between_phases_changes_no_byte(scene: Path, tmp_path: Path) -> None:
     arguments = command(scene, tmp_path / "killed", "--tile", "16")
     sums = tmp_path / "killed" / ".scene.zarr.run" / "sums"
@@ -163,6 +164,7 @@ def test_kill_9_between_phases_changes_no_byte(scene: Path, tmp_path: Path) -> N
     assert [path.name for path in (tmp_path / "killed").iterdir()] == ["scene.zarr"]
 
 
+@pytest.mark.slow
 def test_workers_share_the_phases(scene: Path, tmp_path: Path) -> None:
     arguments = command(scene, tmp_path / "shared", "--tile", "64", "--workers", "2", "--memory", "6GiB")
     done = subprocess.run(arguments, capture_output=True, text=True)

@@ -149,6 +149,7 @@ def test_memory_that_validation_cannot_meet_is_refused_too(pairs: Path, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_least_memory_that_is_named_is_enough(pairs: Path, tmp_path: Path) -> None:
     options = replace(WHOLE, epochs=1, memory="1GB", rows=None)
     with pytest.raises(ValueError) as told:

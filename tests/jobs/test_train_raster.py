@@ -174,6 +174,7 @@ def test_whole_scenes_take_the_gradient_of_all_their_pixels(pairs: Path, tmp_pat
     assert_weights(load_file(tmp_path / "run" / "weights.safetensors"), model)
 
 
+@pytest.mark.slow
 def test_two_ranks_take_a_scene_each_and_average_their_gradients(pairs: Path, tmp_path: Path) -> None:
     launch(pairs, tmp_path / "two", replace(SGD, epochs=2))
     model = load_model(MODEL).requires_grad_(True)
@@ -188,6 +189,7 @@ def test_two_ranks_take_a_scene_each_and_average_their_gradients(pairs: Path, tm
     assert_weights(load_file(tmp_path / "two" / "weights.safetensors"), model)
 
 
+@pytest.mark.slow
 def test_whole_scene_runs_resume_and_ask_for_possible_memory(pairs: Path, tmp_path: Path) -> None:
     options = replace(WHOLE, epochs=2)
     train(pairs, tmp_path / "whole", options, quiet)

@@ -108,6 +108,7 @@ def test_whole_scenes_have_no_regions(pairs: Path, route: Path, tmp_path: Path) 
         train(pairs, tmp_path / "run", replace(FAST, route=route, crop=0), quiet)
 
 
+@pytest.mark.slow
 def test_another_route_is_another_run(pairs: Path, route: Path, tmp_path: Path) -> None:
     options = replace(FAST, epochs=1, steps_per_epoch=1, route=route)
     train(pairs, tmp_path / "run", options, quiet)

@@ -112,6 +112,7 @@ class Given(torch.nn.Module):
         return x[:, self.first : self.first + 3]
 
 
+@pytest.mark.slow
 def test_the_gate_learns_where_the_full_network_is_better_and_keeps_the_budget() -> None:
     """The full network is right; the cheap one is wrong where the first band is bright."""
     torch.manual_seed(0)

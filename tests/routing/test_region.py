@@ -182,6 +182,7 @@ def test_zero_idle_gives_idle_experts_zero_gradients() -> None:
     assert all((p.grad == 0).all() for p in experts["full"].parameters())
 
 
+@pytest.mark.slow
 def test_a_plan_counts_halos_and_joins_and_says_when_routing_does_not_pay() -> None:
     router = RegionRouter(told(torch.full((16,), 2), 4), EXPERTS, REGION)
     x = torch.randn(1, CHANNELS, 64, 64, dtype=torch.float64)

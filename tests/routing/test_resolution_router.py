@@ -95,6 +95,7 @@ def scene(images: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, x.abs(), fine
 
 
+@pytest.mark.slow
 def test_gate_and_layers_train_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU()), nn.Conv2d(8, 1, 1)]

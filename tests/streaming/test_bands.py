@@ -76,6 +76,7 @@ def test_any_cut_of_any_network(seed: int, height: int, rows: int, cuts: list[in
 @settings(max_examples=8, deadline=None)
 @given(**CUTS)
 @example(seed=198, height=9, rows=1, cuts=[1])  # a band without a row of what its pass starts from
+@pytest.mark.slow
 def test_any_cut_that_starts_from_kept_values(seed: int, height: int, rows: int, cuts: list[int]) -> None:
     """Behind every pass, whatever that costs."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:

@@ -83,13 +83,14 @@ class _Run:
         self.optimizer: Optimizer = OPTIMIZERS[options.optimizer](
             [p for p in self.model.parameters() if p.requires_grad], options.lr, options.weight_decay
         )
+        # Before the steps measure this machine, which is part of no run's identity.
+        fingerprint, self.unknown = _fingerprint(pairs, options, self.subject, ranks.size)
+        self.folder = RunFolder(out, fingerprint)
         with most_demanding() as attempt:
             with attempt():
                 self.steps: Steps = self.subject.steps(self.data.train, self.loss, ranks)
             with attempt():
                 self.score = self.subject.scorer(self.data.validation, ranks, say)
-        fingerprint, self.unknown = _fingerprint(pairs, options, self.subject, ranks.size)
-        self.folder = RunFolder(out, fingerprint)
         self.total = options.steps(self.steps.per_epoch)
         self.done, self.best = 0, -1.0
         self.ended = True  # nothing of an epoch's end is still to be done
