@@ -14,20 +14,28 @@ from hypothesis import strategies as st
 from random_graphs import BLOCKS, Choice, RandomGraph
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
-from bigvision.graph import fold_batch_norm, trace
+from bigvision.graph import TracedGraph, fold_batch_norm, trace
 from bigvision.streaming import StreamedModel
 from bigvision.streaming.compiled import compiled
 from bigvision.streaming.program import Boundary, Program, compile_program
 from bigvision.streaming.spill import frontier
 
 EXACT = 1e-10
+SINGLE = 1e-5  # where the network itself computes something in single precision
 
 
 def at_every_pass(program: Program) -> Program:
     """The program with its values kept at the end of every pass but the last."""
     ends = (Boundary(b, frontier(program, b)) for b in range(program.depth - 1))
     return replace(program, boundaries=tuple(end for end in ends if end.values))
+
+
+def in_double(traced: TracedGraph) -> bool:
+    """Whether nothing in the graph is computed in less than double precision."""
+    values = [leaf for node in traced.operators() for leaf in pytree.tree_leaves(node.meta["val"])]
+    return all(leaf.dtype == torch.float64 or not leaf.is_floating_point() for leaf in values)
 
 
 def streamed_equals_whole(seed: int, choices: Sequence[Choice] = BLOCKS) -> bool:
@@ -47,21 +55,22 @@ def streamed_equals_whole(seed: int, choices: Sequence[Choice] = BLOCKS) -> bool
     program = compile_program(trace(model, shape))
     folded = compile_program(fold_batch_norm(program.traced))
     rows = [draw.randint(1, shape[1]) for _ in range(2)]
+    exact = EXACT if in_double(program.traced) else SINGLE
     with torch.no_grad():
         whole = model(image[None])
-        if not torch.isfinite(whole).all() or not settled(model, image, whole, EXACT / 10):
+        if not torch.isfinite(whole).all() or not settled(model, image, whole, exact / 10):
             return False
-        assert error(in_place(program, image, rows[0]), whole) <= EXACT
-        assert error(in_place(folded, image, rows[1]), whole) <= EXACT
+        assert error(in_place(program, image, rows[0]), whole) <= exact
+        assert error(in_place(folded, image, rows[1]), whole) <= exact
         merged = replace(folded, lower=compiled)
-        assert error(in_place(merged, image, rows[0]), whole) <= EXACT
-        assert error(restored(program, image, rows[1]), whole) <= EXACT
+        assert error(in_place(merged, image, rows[0]), whole) <= exact
+        assert error(restored(program, image, rows[1]), whole) <= exact
         if program.depth > 1:
             with TemporaryDirectory() as scratch:
                 spilled = at_every_pass(folded)
-                assert error(in_place(spilled, image, rows[0], Path(scratch)), whole) <= EXACT
+                assert error(in_place(spilled, image, rows[0], Path(scratch)), whole) <= exact
                 spilled = replace(spilled, lower=compiled)
-                assert error(in_place(spilled, image, rows[1], Path(scratch)), whole) <= EXACT
+                assert error(in_place(spilled, image, rows[1], Path(scratch)), whole) <= exact
                 assert not list(Path(scratch).iterdir()), "rows are left behind"
     return True
 
