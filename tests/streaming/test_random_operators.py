@@ -110,7 +110,8 @@ def test_an_operator_alone(name: str) -> None:
     assert outcomes["streamed"] or name in REFUSED
 
 
-@settings(max_examples=15, suppress_health_check=list(HealthCheck))
+# The same ones each time; the long test below draws anew.
+@settings(max_examples=15, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 2**31))
 def test_random_networks_of_every_operator(seed: int) -> None:
     outcome(seed)
