@@ -90,6 +90,7 @@ def _train(scene: Scene, image: Raster, window: Window, out: Path, steps: int, s
         crop=256,
         batch=4,
         lr=0.005,
+        seed=1,
         warmup=steps // 20,
         overwrite=True,
     )
