@@ -17,7 +17,7 @@ from rasterio.windows import Window
 
 from tiling.errors import named
 from tiling.grid import TileGrid
-from tiling.source import Array, Handle, Profile, Source, avoid, holds
+from tiling.source import Array, Handle, Profile, Source, SourceOfOne, avoid, holds
 
 # Warping needs some CRS on both sides; where both are the same, any projected one stands in.
 _ANY_CRS = CRS.from_epsg(3857)
@@ -41,21 +41,11 @@ class Target:
 
 
 @dataclass(frozen=True)
-class ResampledSource:
+class ResampledSource(SourceOfOne):
     """`inner` on the grid of `target`."""
 
     inner: Source
     target: Target
-
-    @property
-    def name(self) -> str:
-        """The inner source's."""
-        return self.inner.name
-
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        """The inner source's."""
-        return self.inner.addresses
 
     @cached_property
     def profile(self) -> Profile:
@@ -76,11 +66,6 @@ class ResampledSource:
     def masked(self) -> bool:
         """A resampled pixel may have nothing under it."""
         return True
-
-    @property
-    def shared(self) -> bool:
-        """As in the inner source."""
-        return self.inner.shared
 
     @property
     def reprojects(self) -> bool:

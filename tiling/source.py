@@ -89,6 +89,27 @@ class Source(Protocol):
         """Open it here and now."""
 
 
+class SourceOfOne:
+    """What a source that changes the pixels of one other, `inner`, takes from it as it is."""
+
+    inner: Source
+
+    @property
+    def name(self) -> str:
+        """The inner source's."""
+        return self.inner.name
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The inner source's."""
+        return self.inner.addresses
+
+    @property
+    def shared(self) -> bool:
+        """As in the inner source."""
+        return self.inner.shared
+
+
 class Handles(threading.local):
     """One open handle a thread, opened on first use; never shared with a forked child."""
 

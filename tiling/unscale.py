@@ -7,27 +7,17 @@ import numpy as np
 from numpy.typing import NDArray
 from rasterio.windows import Window
 
-from tiling.source import Array, Handle, Profile, Source
+from tiling.source import Array, Handle, Profile, Source, SourceOfOne
 
 
 @dataclass(frozen=True)
-class UnscaledSource:
+class UnscaledSource(SourceOfOne):
     """`scale * x + offset` of the pixels x of `inner`, band by band; NaN where they have no data.
 
     float32, or float64 where pixels are wider than 16 bits: computed in float64 and rounded once.
     """
 
     inner: Source
-
-    @property
-    def name(self) -> str:
-        """The inner source's."""
-        return self.inner.name
-
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        """The inner source's."""
-        return self.inner.addresses
 
     @cached_property
     def profile(self) -> Profile:
@@ -56,11 +46,6 @@ class UnscaledSource:
     def masked(self) -> bool:
         """NaN tells all that is missing."""
         return False
-
-    @property
-    def shared(self) -> bool:
-        """As in the inner source."""
-        return self.inner.shared
 
     def open(self) -> Handle:
         """Open the inner source."""

@@ -17,7 +17,8 @@ from bigvision.jobs.process.precision import Precision, choose_precision
 from bigvision.jobs.process.provenance import Provenance
 from bigvision.jobs.process.results import ResultKind
 from bigvision.jobs.process.scene import Scene
-from tiling import ZarrWriter, create_zarr, resume_zarr
+from bigvision.jobs.process.store import create_store
+from tiling import ZarrWriter, resume_zarr
 
 
 @dataclass(frozen=True)
@@ -168,20 +169,5 @@ def _resumed(
 def _created(
     ledger: Ledger, target: Path, scene: Scene, kind: ResultKind, plan: Plan, options: Options
 ) -> ZarrWriter:
-    _, height, width = scene.written.shape
     rows, columns, chunk = plan.shard(scene.written.shape, kind)
-    return create_zarr(
-        target,
-        (kind.bands, height, width),
-        kind.dtype,
-        crs=scene.raster.crs,
-        transform=scene.written.transform,
-        metadata=scene.written.profile.metadata.place(),
-        nodata=kind.nodata,
-        band_names=kind.band_names,
-        colormap=kind.colormap,
-        chunk=chunk,
-        shard=(rows, columns),
-        staging=ledger.pixels,
-        overwrite=options.overwrite,
-    )
+    return create_store(ledger, target, scene, kind, options, chunk=chunk, shard=(rows, columns))

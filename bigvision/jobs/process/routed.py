@@ -39,6 +39,7 @@ from bigvision.jobs.process.route_state import (
     record_file,
 )
 from bigvision.jobs.process.scene import Scene
+from bigvision.jobs.process.store import create_store
 from bigvision.jobs.process.strips import written
 from bigvision.models.identity import network_identity
 from bigvision.routing.merging import Rectangle
@@ -46,7 +47,7 @@ from bigvision.routing.plan import RoutePlan
 from bigvision.routing.record import RouteRecord, route_summary
 from bigvision.routing.route_file import RouteSpec, load_route
 from bigvision.routing.scene import CHEAP, FULL, NAMES, SceneRouter
-from tiling import Raster, ZarrWriter, create_zarr, resume_zarr
+from tiling import Raster, ZarrWriter, resume_zarr
 from tiling.identity import file_hash
 
 if TYPE_CHECKING:
@@ -325,22 +326,8 @@ def _open(
                 return writer
         state.reset()
     ledger.clear()
-    _, height, width = scene.written.shape
-    writer = create_zarr(
-        target,
-        (kind.bands, height, width),
-        kind.dtype,
-        crs=scene.raster.crs,
-        transform=scene.written.transform,
-        metadata=scene.written.profile.metadata.place(),
-        nodata=kind.nodata,
-        band_names=kind.band_names,
-        colormap=kind.colormap,
-        chunk=file_side(route.region),
-        shard=file_side(route.region),
-        staging=ledger.pixels,
-        overwrite=options.overwrite,
-    )
+    side = file_side(route.region)
+    writer = create_store(ledger, target, scene, kind, options, chunk=side, shard=side)
     earlier = earlier_route(target, base)
     if earlier is not None:
         record, result = earlier
