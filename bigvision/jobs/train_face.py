@@ -35,16 +35,17 @@ from bigvision.jobs.faces.integrity import check_shared
 from bigvision.jobs.faces.launch import STOPPED, lock_of, taken
 from bigvision.jobs.faces.meter import Meter, line
 from bigvision.jobs.faces.options import TrainOptions, parse
+from bigvision.jobs.faces.orphans import end_with_parent
 from bigvision.jobs.faces.plan import Plan
 from bigvision.jobs.faces.preparation import Prepared, parts, prepare
 from bigvision.jobs.faces.report import Reporter
 from bigvision.jobs.faces.schedule import Schedule
 from bigvision.jobs.faces.settings import data_state, differences, run_settings
 from bigvision.jobs.faces.step import DivergedError, Stepped, Stepper
-from bigvision.jobs.faces.stopping import StopRequest, end_with_parent, stop_requests
 from bigvision.models.embedding import build_backbone, save_backbone
 from bigvision.models.global_norm import average_statistics, with_global_norms
 from bigvision.models.weights import load_weights
+from bigvision.stopping import Stops
 from datasets.face_batches import training_loader
 from heads import ShardedMarginHead
 from tiling.lock import locked
@@ -63,7 +64,7 @@ class Run:
     settings: dict[str, Any]  # what a checkpoint must agree with
 
 
-def train(options: TrainOptions, world: World, request: StopRequest) -> None:
+def train(options: TrainOptions, world: World, stops: Stops) -> None:
     """Train on this rank, up to the end or a request to stop; called on all ranks together.
 
     Raises on all ranks together: `FaceJobError` (bad data, a run that can't fit, a failed save),
@@ -93,7 +94,7 @@ def train(options: TrainOptions, world: World, request: StopRequest) -> None:
     if centres is not None and start is None:
         head.set_centers(centres)
     training = _training(options, world, head, backbone)
-    stepper, schedule = _stepper(options, prepared.plan, world, training, request)
+    stepper, schedule = _stepper(options, prepared.plan, world, training, stops)
     run = Run(options, world, prepared, training, stepper, schedule, settings)
     _loop(run, 0 if start is None else checkpoint.load(start, training, world).step)
 
@@ -136,7 +137,7 @@ def _training(
 
 
 def _stepper(
-    options: TrainOptions, plan: Plan, world: World, training: checkpoint.Training, request: StopRequest
+    options: TrainOptions, plan: Plan, world: World, training: checkpoint.Training, stops: Stops
 ) -> tuple[Stepper, Schedule]:
     backbone: nn.Module = training.backbone
     if world.size > 1:
@@ -153,7 +154,7 @@ def _stepper(
         options.clip,
         training.scaler,
         world,
-        request,
+        lambda: stops.asked,
     )
     warmup = round(options.warmup * plan.steps_per_epoch)
     return stepper, Schedule(options.lr, plan.steps, warmup, options.schedule, options.power)
@@ -261,15 +262,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         end_with_parent()
     try:
         options = parse(arguments, "python -m bigvision.jobs.train_face")
-        with stop_requests() as request, world_of_torchrun(device_of(options)) as world:
-            _guarded(options, world, request)
+        with Stops(passed_on=False) as stops, world_of_torchrun(device_of(options)) as world:
+            _guarded(options, world, stops)
     except (DivergedError, ValueError, OSError) as error:
         sys.exit(f"bigvision: {error}")
-    if request.signal is not None and RENDEZVOUS not in os.environ:
-        sys.exit(128 + request.signal)
+    if stops.status and RENDEZVOUS not in os.environ:  # where it is, the launcher has been told, too
+        sys.exit(stops.status)
 
 
-def _guarded(options: TrainOptions, world: World, request: StopRequest) -> None:
+def _guarded(options: TrainOptions, world: World, stops: Stops) -> None:
     """Train; a refusal is remembered, so that a restart by torchrun ends at once instead of repeating it."""
     launcher, opened = os.environ.get(RENDEZVOUS), False
     with ExitStack() as held:
@@ -277,7 +278,7 @@ def _guarded(options: TrainOptions, world: World, request: StopRequest) -> None:
             _open_run(options, world, held)
             opened = True
             restarted = world.restarts > 0 and options.resume == "none"
-            train(replace(options, resume="auto") if restarted else options, world, request)
+            train(replace(options, resume="auto") if restarted else options, world, stops)
         except (DivergedError, ValueError) as error:
             if getattr(error, "transient", False):
                 raise

@@ -2,7 +2,7 @@
 
 from torch.distributed.run import main
 
-from bigvision.jobs.faces.stopping import end_with_parent
+from bigvision.jobs.faces.orphans import end_with_parent
 
 if __name__ == "__main__":
     end_with_parent()

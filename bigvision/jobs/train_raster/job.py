@@ -23,9 +23,9 @@ from bigvision.jobs.train_raster.progress import Progress
 from bigvision.jobs.train_raster.routed import RoutedNetworks
 from bigvision.jobs.train_raster.run_folder import RunFolder, fingerprint_of, open_run
 from bigvision.jobs.train_raster.steps import Steps
-from bigvision.jobs.train_raster.stopping import Asked, Stops
 from bigvision.jobs.train_raster.subject import OneNetwork, Subject
 from bigvision.models.identity import architecture_hash, network_identity, state_hash
+from bigvision.stopping import Asked, Stops
 from bigvision.streaming.losses import Loss
 from datasets.pairs import Pair, read_pairs
 from tiling import gdal_cache

@@ -17,7 +17,7 @@ class Asked(KeyboardInterrupt):
 
 
 class Stops:
-    """Notes Ctrl-C and SIGTERM; at the end of the block they arrive as they do elsewhere.
+    """Notes Ctrl-C and SIGTERM; at the end of the block they arrive as they do elsewhere, if `passed_on`.
 
     Within `at_once` one raises `Asked` immediately. Asked again after some seconds, a run that doesn't come
     to an end is interrupted wherever it is (at once would be too soon: torchrun passes a Ctrl-C on to
@@ -25,7 +25,8 @@ class Stops:
     changes nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, passed_on: bool = True) -> None:
+        self._passed_on = passed_on
         self._number: int | None = None
         self._first = 0.0
         self._at_once = False
@@ -35,6 +36,11 @@ class Stops:
     def asked(self) -> bool:
         """Whether the run is to end."""
         return self._number is not None
+
+    @property
+    def status(self) -> int:
+        """The exit status of a process that ended for it, 0 for one that wasn't asked to."""
+        return 0 if self._number is None else 128 + self._number
 
     @property
     def name(self) -> str:
@@ -65,7 +71,7 @@ class Stops:
     ) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
-        if self._number is not None:
+        if self._number is not None and self._passed_on:
             signal.raise_signal(self._number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
